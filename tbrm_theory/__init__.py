@@ -4,6 +4,19 @@ from __future__ import annotations
 
 from tbrm_theory.dynamic_programming import evaluate, objective, regret, solve
 from tbrm_theory.errors import InvalidInputError
+from tbrm_theory.losses import TrajectoryScores, tbrm_loss, tbrm_residual
 from tbrm_theory.mdp import RegularizedMDP
+from tbrm_theory.population import population_loss
 
-__all__ = ["InvalidInputError", "RegularizedMDP", "evaluate", "objective", "regret", "solve"]
+__all__ = [
+    "InvalidInputError",
+    "RegularizedMDP",
+    "TrajectoryScores",
+    "evaluate",
+    "objective",
+    "population_loss",
+    "regret",
+    "solve",
+    "tbrm_loss",
+    "tbrm_residual",
+]

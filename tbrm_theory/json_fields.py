@@ -1,9 +1,15 @@
-"""Reading JSON strictly: every value knows its path, and a wrong one is refused with the path and what was expected there."""
+"""Reading JSON strictly: every value knows its path, and a wrong one is refused with what was expected there.
+
+Writing is atomic: a reader, or a run that is killed, finds the old file or the new one, never half of either.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
+import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +17,7 @@ from typing import Any, NoReturn
 
 from tbrm_theory.errors import InvalidInputError
 
-__all__ = ["Field", "read_json"]
+__all__ = ["Field", "path_below", "read_json", "write_json"]
 
 
 def read_json(path: str | Path) -> Field:
@@ -36,7 +42,8 @@ def read_json(path: str | Path) -> Field:
 
     try:
         text = Path(path).read_text(encoding="utf-8")
-        return Field("", json.loads(text, parse_constant=refuse_constant, object_pairs_hook=unique))
+        document = json.loads(text, parse_int=_integer, parse_constant=refuse_constant, object_pairs_hook=unique)
+        return Field("", document)
     except UnicodeDecodeError as error:
         raise InvalidInputError(name, f"not a UTF-8 text file ({error.reason} at byte {error.start})") from error
     except json.JSONDecodeError as error:
@@ -47,6 +54,40 @@ def read_json(path: str | Path) -> Field:
         raise InvalidInputError(name, "nested too deeply to be an instance") from error
 
 
+def write_json(path: str | Path, document: Any) -> None:
+    """Write one line of JSON in place of ``path``, atomically: on any failure the old file stays as it was.
+
+    Raises:
+        ValueError: the document holds a number that JSON does not have.
+        OSError: the file cannot be written.
+    """
+    text = json.dumps(document, allow_nan=False) + "\n"
+    target = Path(path).resolve()  # through a symbolic link, not in place of it
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+        raise
+
+
+def _integer(digits: str) -> int | float:
+    """Python reads no integer of thousands of digits; it is ``inf`` here, and refused where it stands."""
+    return int(digits) if len(digits) < 400 else float(digits)
+
+
+def path_below(path: str, key: str) -> str:
+    """The path of an entry: ``policies.mu``, but ``policies["a.b"]``, so that a path means one thing."""
+    if not key.isprintable() or not key or set(key) & set('.[]" '):
+        return f"{path}[{json.dumps(key)}]"
+    return f"{path}.{key}" if path else key
+
+
 @dataclass(frozen=True)
 class Field:
     """A JSON value and where it stands, e.g. ``layers[1].reward[0][2]``."""
@@ -55,24 +96,27 @@ class Field:
     value: Any
 
     def refuse(self, expected: str) -> NoReturn:
-        shown = "null" if self.value is None else repr(self.value)
-        found = shown if len(shown) <= 60 else shown[:57] + "…"
+        match self.value:
+            case dict():
+                found = "an object"
+            case list():
+                found = f"a list of {len(self.value)}"
+            case _:
+                shown = json.dumps(self.value, ensure_ascii=False)
+                found = shown if len(shown) <= 60 else shown[:57] + "…"
         raise InvalidInputError(self.path or "the document", f"expected {expected}, found {found}")
 
     def __getitem__(self, key: str) -> Field:
         """The entry ``key`` of an object; refused when absent."""
         mapping = self.mapping()
         if key not in mapping:
-            raise InvalidInputError(self._below(key), "missing")
+            raise InvalidInputError(path_below(self.path, key), "missing")
         return mapping[key]
-
-    def _below(self, key: str) -> str:
-        return f"{self.path}.{key}" if self.path else key
 
     def mapping(self) -> dict[str, Field]:
         if not isinstance(self.value, dict):
             self.refuse("an object")
-        return {key: Field(self._below(key), value) for key, value in self.value.items()}
+        return {key: Field(path_below(self.path, key), value) for key, value in self.value.items()}
 
     def only(self, *keys: str) -> None:
         """Refuse any key not listed: a misspelt optional key would otherwise be ignored in silence."""

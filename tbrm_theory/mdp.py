@@ -1,16 +1,16 @@
 """The problem: a layered finite-horizon MDP with a reference policy and a temperature (theory.md §0).
 
-Layer ``h`` (``0 … H-1`` in code) has ``S_h`` states and ``A_h`` actions. An action whose reference probability is 0 does not
-exist; every state has at least one that does. ``transitions[h]`` leads from layer ``h`` to ``h+1``; nothing follows the last
-layer. Rewards are in reward units; everything else the package computes is in units of ``beta``, as in [Y].
+Layer ``h`` (``0 … H-1`` in code) has ``S_h`` states and ``A_h`` actions. An action whose reference
+probability is 0 does not exist; every state has at least one that does. ``transitions[h]`` leads from layer
+``h`` to ``h+1``; nothing follows the last layer. Rewards are in reward units; everything else the package
+computes is in units of ``beta``, as in [Y].
 
-All numbers are float64. Leading batch dimensions are allowed on every table and broadcast, so that ten thousand small problems
-are one object.
+All numbers are float64. Leading batch dimensions are allowed on every table and broadcast, so that ten
+thousand small problems are one object.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -21,16 +21,21 @@ import torch
 from torch import Tensor
 
 from tbrm_theory.errors import InvalidInputError
-from tbrm_theory.json_fields import Field, read_json
+from tbrm_theory.json_fields import Field, read_json, write_json
+from tbrm_theory.mdp_checks import (
+    batch_shapes,
+    check_batch,
+    check_sizes,
+    check_temperature,
+    checked_counts,
+    checked_reference,
+    checked_reward,
+    checked_transitions,
+)
 from tbrm_theory.mdp_format import FORMAT, VERSION, read_problem, transition_document
 from tbrm_theory.shapes import PerLayerMask, PerLayerStateAction, Scalars, StateTable
-from tbrm_theory.tables import check_finite, normalised, per_distinct_layer, safe_log
-from tbrm_theory.transitions import (
-    DenseTransition,
-    DeterministicTransition,
-    SparseTransition,
-    Transition,
-)
+from tbrm_theory.tables import normalised, per_distinct_layer, safe_log
+from tbrm_theory.transitions import DeterministicTransition, Transition
 
 __all__ = ["RegularizedMDP"]
 
@@ -45,8 +50,8 @@ class RegularizedMDP:
         reward: one table ``(…, S_h, A_h)`` for each layer; cells of non-existent actions are ignored.
         reference: one table of probabilities for each layer, like ``reward``.
         transitions: one kernel between each two layers.
-        action_counts: how many actions each state lists, one tuple for each layer, when fewer than ``A_h``; cells beyond are
-            padding. Only the file format needs it.
+        action_counts: how many actions each state lists, one tuple for each layer, when fewer than ``A_h``;
+            cells beyond are padding. Only the file format needs it.
 
     Raises:
         InvalidInputError: anything malformed, with the path of the field (``layers[1].reference[0]``).
@@ -76,17 +81,19 @@ class RegularizedMDP:
         reward = per_distinct_layer(double, tuple(reward))
         reference = per_distinct_layer(double, tuple(reference))
         temperature = torch.as_tensor(beta, dtype=torch.float64, device=initial.device)
-        _check_temperature(temperature)
-        _check_sizes(initial, reward, reference, tuple(transitions))
+        transitions = tuple(transitions)
+        check_temperature(temperature)
+        check_sizes(initial, reward, reference, transitions)
+        check_batch(temperature, initial, reward, reference, transitions)
         set_field = object.__setattr__  # the fields are frozen for everyone but the constructor
         set_field(self, "beta", temperature)
         set_field(self, "initial", normalised(initial, "initial"))
-        set_field(self, "reference", _checked_reference(reference))
-        set_field(self, "reward", _checked_reward(reward, self.reference))
-        set_field(self, "transitions", _checked_transitions(tuple(transitions), self.reference))
-        set_field(self, "action_counts", action_counts and tuple(tuple(row) for row in action_counts))
+        set_field(self, "reference", checked_reference(reference))
+        set_field(self, "reward", checked_reward(reward, self.reference, temperature))
+        set_field(self, "transitions", checked_transitions(transitions, self.reference))
+        set_field(self, "action_counts", checked_counts(action_counts, self.reference))
 
-    # -- derived tables ----------------------------------------------------------------------------------------------------
+    # -- derived tables ------------------------------------------------------------------------------------
 
     @property
     def horizon(self) -> int:
@@ -95,9 +102,8 @@ class RegularizedMDP:
     @property
     def batch_shape(self) -> torch.Size:
         """The broadcast leading dimensions of all tables."""
-        distinct = {id(t): t.shape[:-2] for t in (*self.reward, *self.reference)}
-        kernels = {id(k): next(iter(k.edges())).shape[:-3] for k in self.transitions}
-        return torch.broadcast_shapes(self.beta.shape, self.initial.shape[:-1], *distinct.values(), *kernels.values())
+        shapes = batch_shapes(self.beta, self.initial, self.reward, self.reference, self.transitions)
+        return torch.Size(torch.broadcast_shapes(*shapes))
 
     @property
     def is_deterministic(self) -> bool:
@@ -138,11 +144,11 @@ class RegularizedMDP:
             action_counts=self.action_counts,
         )
 
-    # -- file format (design.md) ---------------------------------------------------------------------------------------------
+    # -- file format (design.md) -------------------------------------------------------------------------
 
     @classmethod
     def load(cls, path: str | Path) -> RegularizedMDP:
-        """Read the problem of an instance file; its policies, mixtures and logits are read by ``Instance.load``."""
+        """Read the problem of an instance file; ``Instance.load`` reads policies, mixtures and logits too."""
         return cls.from_field(read_json(path))
 
     @classmethod
@@ -181,7 +187,8 @@ class RegularizedMDP:
         }
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(self.to_document(), allow_nan=False) + "\n", encoding="utf-8")
+        """Write the instance file of this problem, atomically."""
+        write_json(path, self.to_document())
 
     def rows(self, layer: int, table: Tensor) -> list[list[Any]]:
         """A table of one layer as nested lists in the file's own shape, without padding."""
@@ -189,100 +196,3 @@ class RegularizedMDP:
         if self.action_counts is None:
             return lists
         return [row[:count] for row, count in zip(lists, self.action_counts[layer], strict=True)]
-
-
-# -- checks ----------------------------------------------------------------------------------------------------------------
-
-
-def _check_temperature(beta: Tensor) -> None:
-    check_finite(beta, "beta")
-    if bool((beta <= 0).any()):
-        raise InvalidInputError("beta", f"expected a positive temperature, found {beta.min().item()}")
-
-
-def _check_sizes(
-    initial: Tensor,
-    reward: tuple[Tensor, ...],
-    reference: tuple[Tensor, ...],
-    transitions: tuple[Transition, ...],
-) -> None:
-    if not reward:
-        raise InvalidInputError("layers", "expected at least one layer")
-    if len(reference) != len(reward):
-        raise InvalidInputError("layers", f"{len(reward)} reward tables but {len(reference)} reference tables")
-    if len(transitions) != len(reward) - 1:
-        raise InvalidInputError(
-            "layers",
-            f"expected {len(reward) - 1} transitions between {len(reward)} layers, found {len(transitions)}",
-        )
-    if initial.dim() < 1:
-        raise InvalidInputError("initial", "expected one probability for each state of the first layer")
-    states = initial.shape[-1]
-    for h, (rewards, references) in enumerate(zip(reward, reference, strict=True)):
-        for name, table in (("reward", rewards), ("reference", references)):
-            if table.dim() < 2 or 0 in table.shape[-2:]:
-                raise InvalidInputError(f"layers[{h}].{name}", f"expected shape (…, S, A), found {tuple(table.shape)}")
-        if rewards.shape[-2:] != references.shape[-2:]:
-            raise InvalidInputError(
-                f"layers[{h}].reward",
-                f"expected the shape of reference, {tuple(references.shape[-2:])}, found {tuple(rewards.shape[-2:])}",
-            )
-        if references.shape[-2] != states:
-            where = "initial" if h == 0 else f"layers[{h}].reference"
-            raise InvalidInputError(
-                where,
-                f"expected {references.shape[-2] if h == 0 else states} states, "
-                f"found {states if h == 0 else references.shape[-2]}",
-            )
-        if h < len(transitions):
-            *pairs, states = transitions[h].shape
-            if tuple(pairs) != tuple(references.shape[-2:]):
-                raise InvalidInputError(
-                    f"layers[{h}].transition",
-                    f"expected {tuple(references.shape[-2:])} pairs, found {tuple(pairs)}",
-                )
-
-
-def _checked_reference(reference: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    where = {id(table): f"layers[{h}].reference" for h, table in reversed(list(enumerate(reference)))}
-    return per_distinct_layer(lambda table: normalised(table, where[id(table)]), reference)
-
-
-def _checked_reward(reward: tuple[Tensor, ...], reference: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    where = {id(table): f"layers[{h}].reward" for h, table in reversed(list(enumerate(reward)))}
-
-    def check(rewards: Tensor, references: Tensor) -> Tensor:
-        rewards_of_existing = torch.where(references > 0, rewards, 0.0)
-        check_finite(rewards_of_existing, where[id(rewards)])
-        return rewards_of_existing
-
-    return per_distinct_layer(check, reward, reference)
-
-
-def _checked_transitions(kernels: tuple[Transition, ...], reference: tuple[Tensor, ...]) -> tuple[Transition, ...]:
-    done: dict[tuple[int, int], Transition] = {}
-    for h, kernel in enumerate(kernels):
-        if (id(kernel), id(reference[h])) not in done:
-            done[id(kernel), id(reference[h])] = _checked_transition(
-                kernel, reference[h] == 0, f"layers[{h}].transition"
-            )
-    return tuple(done[id(kernel), id(reference[h])] for h, kernel in enumerate(kernels))
-
-
-def _checked_transition(kernel: Transition, absent: Tensor, where: str) -> Transition:
-    if not isinstance(kernel, DenseTransition):
-        outside = (kernel.next_state < 0) | (kernel.next_state >= kernel.next_states)
-        if bool(outside.any()):
-            index = "".join(f"[{i}]" for i in outside.nonzero()[0].tolist())
-            raise InvalidInputError(
-                f"{where}.next_state{index}",
-                f"expected a state from 0 to {kernel.next_states - 1}, found {kernel.next_state[outside][0].item()}",
-            )
-    match kernel:
-        case DeterministicTransition():
-            return kernel
-        case SparseTransition(next_state, probability, next_states):
-            rows = normalised(probability.to(torch.float64), f"{where}.probability", absent)
-            return SparseTransition(next_state, rows, next_states)
-        case DenseTransition(probability):
-            return DenseTransition(normalised(probability.to(torch.float64), f"{where}.probabilities", absent))

@@ -1,10 +1,11 @@
-"""The instance file's problem part (design.md): parsed JSON to the arguments of ``RegularizedMDP`` and transitions back to JSON.
+"""The problem part of the instance file (design.md): JSON to the arguments of ``RegularizedMDP``, and back.
 
 Rows may list different numbers of actions; tables are padded to the widest with reference probability 0.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.json_fields import Field
+from tbrm_theory.tables import ROW_SUM_TOLERANCE
 from tbrm_theory.transitions import DenseTransition, DeterministicTransition, SparseTransition, Transition
 
 __all__ = ["FORMAT", "VERSION", "ragged_table", "read_problem", "transition_document"]
@@ -26,11 +28,11 @@ def read_problem(document: Field) -> dict[str, Any]:
     Raises:
         InvalidInputError: names the path of the first malformed field and what was expected there.
     """
-    document.only("format", "version", "beta", "initial", "layers", "policies", "mixtures", "logits")
     if document["format"].text() != FORMAT:
         document["format"].refuse(f'"{FORMAT}"')
     if document["version"].value != VERSION or isinstance(document["version"].value, bool):
         document["version"].refuse(f"version {VERSION}")
+    document.only("format", "version", "beta", "initial", "layers", "policies", "mixtures", "logits")
     layers = document["layers"].items(of="layers")
     for layer in layers:
         layer.only("reward", "reference", "transition")
@@ -77,7 +79,7 @@ def transition_document(kernel: Transition, rows: Callable[[Tensor], list[list[A
 
 
 def ragged_table(field: Field, counts: Sequence[int], optional: Tensor | None = None) -> Tensor:
-    """Rows of numbers of the given lengths, padded with 0 to the longest; ``null`` is read as 0 where ``optional``."""
+    """Rows of the given lengths, padded with 0 to the longest; ``null`` is read as 0 where ``optional``."""
     table = torch.zeros(len(counts), max(counts), dtype=torch.float64)
     for s, (row, count) in enumerate(zip(field.items(len(counts), "states"), counts, strict=True)):
         cells = row.items(count, "actions")
@@ -137,7 +139,12 @@ def _read_sparse(field: Field, absent: Tensor, counts: Sequence[int], next_state
         row[t] = row.get(t, 0.0) + probability.probability()
     for s, a in (~absent).nonzero().tolist():
         if (s, a) not in successors:
-            raise InvalidInputError(field.path, f"no entry for action {a} of state {s}, which exists")
+            raise InvalidInputError(field.path, f"expected an entry for action {a} of state {s}, which exists")
+    for (s, a), row in successors.items():
+        total = math.fsum(row.values())
+        if abs(total - 1) > ROW_SUM_TOLERANCE and not (absent[s, a] and total == 0):
+            expected = f"expected the entries of action {a} of state {s} to sum to 1"
+            raise InvalidInputError(f"{field.path}.probability", f"{expected}, found the sum {total!r}")
     width = max(len(row) for row in successors.values())
     index = torch.zeros(*absent.shape, width, dtype=torch.int64)
     weight = torch.zeros(*absent.shape, width, dtype=torch.float64)

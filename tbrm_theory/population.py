@@ -3,7 +3,7 @@
 The TBRM residual is additive along a trajectory, ``f = Σ_h u_h(s_h,a_h)`` with ``u_1 = logit - R_β`` and
 ``u_h = log π_θ - R_β`` later. So for Markov data one backward sweep of the conditional mean and variance of ``Σ_{k≥h} u_k`` gives
 ``E_μ f²`` as a sum of squares: the raw second moment would cancel near 1e-17 and go negative. A mixture's loss is the weighted sum
-over its components; other behaviour is enumerated. Everything is differentiable in the logits and batched.
+over its components. Everything is differentiable in the logits and batched.
 """
 
 from __future__ import annotations
@@ -16,14 +16,11 @@ from torch import Tensor
 from tbrm_theory.behaviours import Behaviour, MarkovBehaviour
 from tbrm_theory.dynamic_programming import admissible_logits, check_policy, soft_policy, soft_value, solve
 from tbrm_theory.errors import InvalidInputError
-from tbrm_theory.losses import brm_residual, tbrm_residual
 from tbrm_theory.mdp import RegularizedMDP
-from tbrm_theory.occupancy import Occupancy, enumerate_trajectories, occupancy
-from tbrm_theory.scores import table_scores
+from tbrm_theory.occupancy import Occupancy, occupancy
 from tbrm_theory.shapes import PerLayerStateAction, Scalars, StateTable
-from tbrm_theory.trajectories import TrajectoryBatch
 
-__all__ = ["ResidualMoments", "noise_floor", "population_loss", "residual_moments", "residual_terms"]
+__all__ = ["AdditiveMoments", "additive_moments", "noise_floor", "population_loss", "residual_terms"]
 
 LOSSES = ("tbrm", "brm")
 
@@ -39,37 +36,32 @@ def residual_terms(mdp: RegularizedMDP, logits: PerLayerStateAction) -> PerLayer
 
 
 @dataclass(frozen=True, eq=False)
-class ResidualMoments:
-    """``E_μ[f_θ | s_1]`` and ``Var_μ(f_θ | s_1)``, each ``(…, S_0)``."""
+class AdditiveMoments:
+    """``E_μ[Σ_h u_h | s_1]`` and ``Var_μ(Σ_h u_h | s_1)``, each ``(…, S_0)``."""
 
     mean: StateTable
     variance: StateTable
 
 
-def residual_moments(
-    mdp: RegularizedMDP, logits: PerLayerStateAction, log_policy: PerLayerStateAction
-) -> ResidualMoments:
-    """The mean and variance of ``f_θ`` from each first state under Markov ``μ``, by the law of total variance (I11).
+def additive_moments(
+    mdp: RegularizedMDP, tables: PerLayerStateAction, log_policy: PerLayerStateAction
+) -> AdditiveMoments:
+    """Mean and variance of ``Σ_h u_h(s_h,a_h)`` from each first state under Markov ``μ``, by total variance (I11).
 
     Backwards over layers: ``m_h(s) = E_{a,s'}[u_h + m_{h+1}(s')]`` and
     ``v_h(s) = E_{a,s'}[(u_h + m_{h+1}(s') - m_h(s))² + v_{h+1}(s')]``.
     """
-    mean: Tensor | None = None
-    variance: Tensor | None = None
-    for h, (u, log) in reversed(list(enumerate(zip(residual_terms(mdp, logits), log_policy, strict=True)))):
-        probability = log.exp()
-        if mean is None or variance is None:
-            pair_mean, pair_variance = u, torch.zeros_like(u)
-        else:
+    mean = variance = tables[-1].new_zeros(())  # nothing follows the last layer
+    for h in range(mdp.horizon - 1, -1, -1):
+        probability, pair_mean = log_policy[h].exp(), tables[h]
+        pair_variance = torch.zeros_like(pair_mean)
+        if h < mdp.horizon - 1:
             kernel = mdp.transitions[h]
-            pair_mean = u + kernel.expect(mean)
-            pair_variance = kernel.expect(variance)
-            if not mdp.is_deterministic:
-                pair_variance = pair_variance + kernel.variance(mean)
+            pair_mean = pair_mean + kernel.expect(mean)
+            pair_variance = kernel.expect(variance) + kernel.variance(mean)
         mean = (probability * pair_mean).sum(-1)
         variance = (probability * ((pair_mean - mean.unsqueeze(-1)).square() + pair_variance)).sum(-1)
-    assert mean is not None and variance is not None  # a problem has at least one layer
-    return ResidualMoments(mean, variance)
+    return AdditiveMoments(mean, variance)
 
 
 def population_loss(
@@ -89,14 +81,12 @@ def population_loss(
         ``inf`` if the behaviour takes actions that do not exist.
 
     Raises:
-        InvalidInputError: an unknown loss, or a behaviour neither Markov nor a mixture whose trajectories are too many to list.
+        InvalidInputError: an unknown loss, or a behaviour whose tables are no policies of this problem.
     """
     if loss not in LOSSES:
         raise InvalidInputError("loss", f"expected one of {', '.join(LOSSES)}, found {loss!r}")
     if isinstance(behaviour, tuple):
         behaviour = MarkovBehaviour(behaviour)
-    if behaviour.components is None:
-        return _enumerated_loss(mdp, logits, behaviour, loss)
     markov_loss = _markov_tbrm if loss == "tbrm" else _markov_brm
     terms = []
     for weight, log_policy in behaviour.components:
@@ -112,8 +102,6 @@ def noise_floor(mdp: RegularizedMDP, behaviour: Behaviour | PerLayerStateAction)
     """``L_μ(θ*) = Σ_h E_μ Var(V*(s_{h+1}) | s_h,a_h)``, TBRM's loss at the optimum (I7); 0 if deterministic."""
     if isinstance(behaviour, tuple):
         behaviour = MarkovBehaviour(behaviour)
-    if behaviour.components is None:
-        return population_loss(mdp, solve(mdp).q, behaviour)
     v = solve(mdp).v
     total = torch.zeros_like(mdp.beta)
     for weight, log_policy in behaviour.components:
@@ -132,7 +120,7 @@ def _forbidden(mdp: RegularizedMDP, d: Occupancy) -> Tensor:
 def _markov_tbrm(
     mdp: RegularizedMDP, logits: PerLayerStateAction, log_policy: PerLayerStateAction, d: Occupancy
 ) -> Tensor:
-    moments = residual_moments(mdp, logits, log_policy)
+    moments = additive_moments(mdp, residual_terms(mdp, logits), log_policy)
     return (mdp.initial * (moments.mean.square() + moments.variance)).sum(-1)
 
 
@@ -152,14 +140,3 @@ def _markov_brm(
         mass = torch.where(valid, d.state_action[h], 0.0)
         total = total + (mass * (residual.square() + spread)).sum((-2, -1))
     return total
-
-
-def _enumerated_loss(mdp: RegularizedMDP, logits: PerLayerStateAction, behaviour: Behaviour, loss: str) -> Tensor:
-    listed = enumerate_trajectories(mdp)
-    batch = TrajectoryBatch(listed.states, listed.actions, torch.ones_like(listed.states, dtype=torch.bool))
-    scores = table_scores(admissible_logits(mdp, logits), mdp.log_reference, mdp.reward, batch)
-    if loss == "tbrm":
-        squares = tbrm_residual(scores, beta=mdp.beta).square()
-    else:
-        squares = brm_residual(scores, beta=mdp.beta).square().sum(-1)
-    return (behaviour.log_law(mdp, listed).exp() * squares).sum(-1)

@@ -1,7 +1,8 @@
 """Checks on tables of numbers, shared by everything that accepts a probability from outside.
 
-A row that sums to 1 within :data:`ROW_SUM_TOLERANCE` is accepted and divided by its sum; a sum that is 1 up to its own rounding
-is left bit-identical, so that saving and loading changes nothing. Anything further off is refused with its layer and index.
+A row that sums to 1 within :data:`ROW_SUM_TOLERANCE` is accepted and divided by its sum; a sum that is 1 up
+to its own rounding is left bit-identical, so that saving and loading changes nothing. Anything further off is
+refused with its layer and index.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from tbrm_theory.errors import InvalidInputError
 
 __all__ = [
+    "LARGEST",
     "ROW_SUM_TOLERANCE",
     "check_finite",
     "first_index",
@@ -25,6 +27,8 @@ __all__ = [
 ]
 
 ROW_SUM_TOLERANCE = 1e-9
+LARGEST = 1e100
+"""No input is larger in magnitude: sums of squares over any horizon stay finite, ``∞ - ∞`` never arises."""
 _EXACT_SUM = 8 * torch.finfo(torch.float64).eps  # a sum this close to 1 differs from it by rounding alone
 
 
@@ -35,9 +39,13 @@ def first_index(bad: Bool[Tensor, "..."]) -> str:
 
 
 def check_finite(table: Float[Tensor, "..."], where: str) -> None:
-    bad = ~table.isfinite()
+    """Refuse NaN, infinities and anything beyond :data:`LARGEST`."""
+    bad = ~(table.abs() <= LARGEST)
     if bool(bad.any()):
-        raise InvalidInputError(where + first_index(bad), f"expected a finite number, found {table[bad][0].item()}")
+        raise InvalidInputError(
+            where + first_index(bad),
+            f"expected a finite number of at most {LARGEST:g} in magnitude, found {table[bad][0].item()}",
+        )
 
 
 def normalised(

@@ -40,8 +40,7 @@ class PlainMDP:
 def tabulate(shape: Table, function: Callable[[int, int, int], float]) -> Table:
     """The table of `function(h, s, a)`, in the shape of another table."""
     return [
-        [[function(h, s, a) for a in range(len(row))] for s, row in enumerate(layer)]
-        for h, layer in enumerate(shape)
+        [[function(h, s, a) for a in range(len(row))] for s, row in enumerate(layer)] for h, layer in enumerate(shape)
     ]
 
 
@@ -177,9 +176,7 @@ def kl_to_reference(mdp: PlainMDP, policy: Table) -> float:
 
 def objective(mdp: PlainMDP, policy: Table) -> float:
     """J_β(π) = E_π[r(τ)] − β KL(P_π ‖ P_ref) (section 0)."""
-    mean_return = expectation(
-        trajectory_law(mdp, policy), lambda trajectory: table_sum(mdp.reward, trajectory)
-    )
+    mean_return = expectation(trajectory_law(mdp, policy), lambda trajectory: table_sum(mdp.reward, trajectory))
     return mean_return - mdp.beta * kl_to_reference(mdp, policy)
 
 
@@ -204,9 +201,7 @@ def policy_q(mdp: PlainMDP, policy: Table) -> Table:
 
 def backup(mdp: PlainMDP, value: Callable[[int, int], float]) -> Table:
     """R_β(s,a) + E_{s'} value(s'): both Bellman operators of section 0 have this form."""
-    return tabulate(
-        mdp.reward, lambda h, s, a: soft_reward(mdp, h, s, a) + expected_next(mdp, h, s, a, value)
-    )
+    return tabulate(mdp.reward, lambda h, s, a: soft_reward(mdp, h, s, a) + expected_next(mdp, h, s, a, value))
 
 
 def optimal_value(mdp: PlainMDP, h: int, s: int) -> float:
@@ -273,9 +268,7 @@ def softmax_policy(mdp: PlainMDP, logits: Table) -> Table:
 def step_residuals(mdp: PlainMDP, logits: Table, trajectory: Trajectory) -> list[float]:
     """logit_θ(s_h,a_h) − R_β(s_h,a_h) − V_θ(s_{h+1}) for each h, s_{h+1} as sampled ([Y] Eq. 3)."""
     values = [state_value(mdp, logits, h, s) for h, (s, _) in enumerate(trajectory)] + [0.0]
-    return [
-        logits[h][s][a] - soft_reward(mdp, h, s, a) - values[h + 1] for h, (s, a) in enumerate(trajectory)
-    ]
+    return [logits[h][s][a] - soft_reward(mdp, h, s, a) - values[h + 1] for h, (s, a) in enumerate(trajectory)]
 
 
 def residual(mdp: PlainMDP, logits: Table, trajectory: Trajectory) -> float:
@@ -286,12 +279,10 @@ def residual(mdp: PlainMDP, logits: Table, trajectory: Trajectory) -> float:
 def residual_telescoped(mdp: PlainMDP, logits: Table, trajectory: Trajectory) -> float:
     """f_θ(τ) = V_θ(s_1) + log π_θ(τ)/π_ref(τ) − r(τ)/β (I5)."""
     policy = softmax_policy(mdp, logits)
-    log_ratio = tabulate(
-        mdp.reward,
-        lambda h, s, a: math.log(policy[h][s][a] / mdp.reference[h][s][a]) if policy[h][s][a] else 0.0,
-    )
+    ratios = [policy[h][s][a] / mdp.reference[h][s][a] for h, (s, a) in enumerate(trajectory)]
+    log_ratio = math.fsum(math.log(ratio) for ratio in ratios)
     initial_value = state_value(mdp, logits, 0, trajectory[0][0])
-    return initial_value + table_sum(log_ratio, trajectory) - table_sum(mdp.reward, trajectory) / mdp.beta
+    return initial_value + log_ratio - table_sum(mdp.reward, trajectory) / mdp.beta
 
 
 def tbrm_loss(mdp: PlainMDP, logits: Table, law: Law) -> float:
@@ -301,9 +292,7 @@ def tbrm_loss(mdp: PlainMDP, logits: Table, law: Law) -> float:
 
 def brm_loss(mdp: PlainMDP, logits: Table, law: Law) -> float:
     """E_{τ~law} Σ_h (step residual)², next state sampled ([Y] Eq. 3)."""
-    return expectation(
-        law, lambda trajectory: math.fsum(step**2 for step in step_residuals(mdp, logits, trajectory))
-    )
+    return expectation(law, lambda trajectory: math.fsum(step**2 for step in step_residuals(mdp, logits, trajectory)))
 
 
 def noise_floor(mdp: PlainMDP, law: Law) -> float:
@@ -342,9 +331,7 @@ def performance_difference(mdp: PlainMDP, f_table: Table, policy_dagger: Table, 
         return table_sum(bellman, trajectory) - table_sum(f_table, trajectory)
 
     def advantage(trajectory: Trajectory) -> float:
-        return math.fsum(
-            value(policy_dagger, h, s) - value(policy, h, s) for h, (s, _) in enumerate(trajectory)
-        )
+        return math.fsum(value(policy_dagger, h, s) - value(policy, h, s) for h, (s, _) in enumerate(trajectory))
 
     law_dagger, law = trajectory_law(mdp, policy_dagger), trajectory_law(mdp, policy)
     mean_excess = expectation(law_dagger, excess) - expectation(law, excess)
@@ -357,16 +344,16 @@ def martingale_split(mdp: PlainMDP, f_table: Table, policy: Table) -> tuple[floa
 
     def mean(h: int, s: int) -> float:
         through = {trajectory: p for trajectory, p in law.items() if trajectory[h][0] == s}
-        return expectation(through, lambda tau: table_sum(f_table, tau, start=h)) / math.fsum(
-            through.values()
-        )
+        total = expectation(through, lambda trajectory: table_sum(f_table, trajectory, start=h))
+        return total / math.fsum(through.values())
 
     def squares(trajectory: Trajectory) -> float:
         means = [mean(h, s) for h, (s, _) in enumerate(trajectory)] + [0.0]
         deltas = [f_table[h][s][a] + means[h + 1] - means[h] for h, (s, a) in enumerate(trajectory)]
         return means[0] ** 2 + math.fsum(delta**2 for delta in deltas)
 
-    return expectation(law, lambda tau: table_sum(f_table, tau) ** 2), expectation(law, squares)
+    left = expectation(law, lambda trajectory: table_sum(f_table, trajectory) ** 2)
+    return left, expectation(law, squares)
 
 
 def finite_difference(function: Callable[[Table], float], logits: Table, step: float = 1e-5) -> Table:
@@ -375,9 +362,7 @@ def finite_difference(function: Callable[[Table], float], logits: Table, step: f
     def moved(index: tuple[int, int, int], change: float) -> Table:
         return tabulate(logits, lambda h, s, a: logits[h][s][a] + change * ((h, s, a) == index))
 
-    return tabulate(
-        logits, lambda *index: (function(moved(index, step)) - function(moved(index, -step))) / (2 * step)
-    )
+    return tabulate(logits, lambda *index: (function(moved(index, step)) - function(moved(index, -step))) / (2 * step))
 
 
 # --- Coverage -----------------------------------------------------------------------------------------------
@@ -420,7 +405,7 @@ def moments(law: Law, pairs: Sequence[tuple[int, int, int]]) -> tuple[list[Fract
     """v = E φ and M = E[φφᵀ] exactly, φ(τ) having a 1 for each (h, s, a) of `pairs` that τ visits (I12)."""
 
     def mass(*visited: tuple[int, int, int]) -> Fraction:
-        through = (p for tau, p in law.items() if all(tau[h] == (s, a) for h, s, a in visited))
+        through = [p for trajectory, p in law.items() if all(trajectory[h] == (s, a) for h, s, a in visited)]
         return sum(map(Fraction, through), Fraction(0))
 
     return [mass(pair) for pair in pairs], [[mass(pair, other) for other in pairs] for pair in pairs]

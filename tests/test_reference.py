@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from typing import Any
 
 import pytest
-import reference as rf
-from pytest import approx
-from reference import PlainMDP
 
-log = math.log
-THIRD, HALF, QUARTER = Fraction(1, 3), Fraction(1, 2), Fraction(1, 4)
+from tests import reference as rf
+from tests.reference import PlainMDP
+
+approx, log = pytest.approx, math.log
+exact: Any = Fraction  # tables are declared as floats; these exact entries flow through the same products
+THIRD, HALF, QUARTER = exact(1, 3), exact(1, 2), exact(1, 4)
 
 
 # --- Problems -----------------------------------------------------------------------------------------------
@@ -78,14 +80,14 @@ def short_and_long() -> PlainMDP:
         beta=0.5,
         initial=[1],
         reward=[[[0.0, 0.0]], [[0.5 * log(4), 0.0], [0.0]]],
-        reference=[[[Fraction(3, 4), QUARTER]], [[Fraction(2, 3), THIRD], [1]]],
+        reference=[[[exact(3, 4), QUARTER]], [[exact(2, 3), THIRD], [1]]],
         successors=[[[{0: 1}, {1: 1}]]],
     )
 
 
 def lock(horizon: int) -> PlainMDP:
     """X4: state 0 is still right, state 1 wrong for ever; action 0 is the right one."""
-    start, later = [[{0: 1}, {1: 1}]], [[{0: 1}, {1: 1}], [{1: 1}, {1: 1}]]
+    start, later = [[{0: 1.0}, {1: 1.0}]], [[{0: 1.0}, {1: 1.0}], [{1: 1.0}, {1: 1.0}]]
     return PlainMDP(
         beta=1.0,
         initial=[1],
@@ -122,9 +124,8 @@ def test_policy_law_and_probability() -> None:
     assert rf.policy_probability(mdp, policy, A1) == approx(0.1)
     assert rf.policy_probability(mdp, policy, ((0, 1), (0, 0))) == 0
     assert A1 not in rf.trajectory_law(mdp, TAKE_A0)
-    assert rf.policy_probability(
-        gamble(), [[[0.2, 0.8]], [[1.0]] * 2, [[1.0]] * 2], ((0, 1), (0, 0), (1, 0))
-    ) == (approx(0.8 * 0.5 * 0.5))
+    noisy = [[[0.2, 0.8]], [[1.0]] * 2, [[1.0]] * 2]
+    assert rf.policy_probability(gamble(), noisy, ((0, 1), (0, 0), (1, 0))) == approx(0.8 * 0.5 * 0.5)
 
 
 def test_mixture_is_drawn_once_per_episode() -> None:
@@ -141,7 +142,11 @@ def test_history_law_sees_the_history() -> None:
 
 
 def test_occupancies_of_a_non_markov_law() -> None:
-    law = {((0, 0), (0, 0), (0, 0)): 0.5, ((0, 1), (1, 0), (1, 0)): 0.3, ((0, 1), (0, 0), (1, 0)): 0.2}
+    law: rf.Law = {
+        ((0, 0), (0, 0), (0, 0)): 0.5,
+        ((0, 1), (1, 0), (1, 0)): 0.3,
+        ((0, 1), (0, 0), (1, 0)): 0.2,
+    }
     mdp = gamble()
     assert rf.occupancy_state(mdp, law) == [[1.0], approx([0.7, 0.3]), approx([0.5, 0.5])]
     assert rf.occupancy_state_action(mdp, law)[0] == [approx([0.5, 0.5])]
@@ -177,6 +182,7 @@ def test_two_step_objective_regret_and_kl_by_hand() -> None:
     # P_{π*} = (4, 3, 24)/31 on (A0, A1, B0), P_π = (1/2, 0, 1/2).
     assert rf.kl_trajectories(law, law_optimal) == approx(0.5 * log(31 / 8) + 0.5 * log(31 / 48))
     assert rf.kl_trajectories(law_optimal, law) == math.inf
+    assert rf.kl_trajectories({A0: 1.0, A1: 0.0}, {A0: 0.5, B0: 0.5}) == approx(log(2))  # 0 log 0 = 0
 
 
 def test_two_step_policy_values_by_hand() -> None:
@@ -203,6 +209,8 @@ def test_missing_actions_cost_everything_where_they_are_reached() -> None:
     assert rf.kl_to_reference(mdp, reached) == rf.regret(mdp, reached) == math.inf
     assert rf.policy_q(mdp, reached)[0][0] == [approx(-log(2)), -math.inf]
     assert rf.objective(mdp, avoided) == approx(2 * log(4) - 2 * (log(2) + log(4)))
+    never_started = PlainMDP(1.0, [1.0, 0.0], [[[3.0, 0.0]] * 2], [[[1.0, 0.0]] * 2], [])
+    assert rf.objective(never_started, [[[1.0, 0.0], [0.0, 1.0]]]) == 3.0
 
 
 def test_the_gibbs_form_refuses_chance() -> None:
@@ -230,7 +238,7 @@ def test_performance_difference_holds_for_any_reference_function(scale: float) -
 
 
 def test_two_step_residuals_by_hand() -> None:
-    """V_θ = log 4, log 4, 0. Steps: A1: log 2 − log 1/2 − log 4 and log 3 − log 3/4; B0: log 4/3 and −log 2."""
+    """V_θ: log 4, log 4, 0. Steps, A1: log 2 − log 1/2 − log 4, log 3 − log 3/4; B0: log 4/3, −log 2."""
     mdp = two_steps()
     assert rf.soft_value(mdp, THETA) == [approx([log(4)]), approx([log(4), 0.0, 0.0])]
     assert rf.softmax_policy(mdp, THETA)[1] == [approx([0.25, 0.75]), [1.0, 0.0], [0.0, 1.0]]
@@ -249,7 +257,7 @@ def test_two_step_losses_by_hand() -> None:
 
 
 def test_corollary4_by_hand() -> None:
-    """T_β Q − Q: (0, log 3/4) in layer 0, (0, −log 4) in A, log 2 in B; so 0, −log 4, log 3/2 on (A0, A1, B0)."""
+    """T_β Q − Q is (0, log 3/4) in layer 0, (0, −log 4) in A, log 2 in B; their sums are `excess`."""
     optimal, own = (4 / 31, 3 / 31, 24 / 31), (1 / 8, 3 / 8, 1 / 2)
     excess = (0.0, -log(4), log(3 / 2))
     expected = 2 * sum((p - q) * e for p, q, e in zip(optimal, own, excess, strict=True))
@@ -258,9 +266,7 @@ def test_corollary4_by_hand() -> None:
 
 def test_corollary4_of_a_bandit_by_hand() -> None:
     """R_β = (10, 0) and θ = 0: Σ_a (π*(a) − 1/2)·R_β(a)."""
-    assert rf.corollary4(bandit([10 + log(2), log(2)]), [[[0.0, 0.0]]]) == approx(
-        10 / (1 + math.exp(-10)) - 5
-    )
+    assert rf.corollary4(bandit([10 + log(2), log(2)]), [[[0.0, 0.0]]]) == approx(10 / (1 + math.exp(-10)) - 5)
 
 
 def frozen_value_loss(mdp: PlainMDP, logits: rf.Table, frozen: float, law: rf.Law) -> float:
@@ -310,7 +316,10 @@ def test_i7_noise_floor_by_hand() -> None:
 
 
 def test_i11_martingale_split_by_hand() -> None:
-    """Σf is 2 on A1 (1/4) and 1 or 3 on B (3/8 each): E = 19/4. f̄ = 2, −2, 2, so Δ is 0 but for ±1 in B."""
+    """Σf is 2 through A (probability 1/4), 2 or 4 through B (3/8 each): E = 1 + 3/2 + 6 = 17/2.
+
+    f̄ is 11/4 at the start, −2 in A, 2 in B; Δ is −3/4 and 1/4 in layer 0, ±1 in B: 121/16 + 3/16 + 3/4.
+    """
     mdp = PlainMDP(
         1.0,
         [1.0],
@@ -318,14 +327,16 @@ def test_i11_martingale_split_by_hand() -> None:
         [[[0.5] * 2], [[1.0], [0.5] * 2]],
         [[[{0: 1.0}, {1: 1.0}]]],
     )
-    f_table, policy = [[[4.0, 0.0]], [[-2.0], [1.0, 3.0]]], [[[0.25, 0.75]], [[1.0], [0.5, 0.5]]]
-    assert rf.martingale_split(mdp, f_table, policy) == (approx(19 / 4), approx(4 + 3 / 4))
+    f_table, policy = [[[4.0, 1.0]], [[-2.0], [1.0, 3.0]]], [[[0.25, 0.75]], [[1.0], [0.5, 0.5]]]
+    left, right = rf.martingale_split(mdp, f_table, policy)
+    assert left == approx(17 / 2)
+    assert right == approx(121 / 16 + 3 / 16 + 3 / 4)
 
 
 def test_finite_differences_by_hand() -> None:
     """TBRM on a bandit: ∂L/∂θ(a) = 2 μ(a)(θ(a) − R_β(a)). And ∇V_θ = π_θ."""
     mdp, logits = bandit([10 + log(2), log(2)]), [[[4.0, 1.0]]]
-    law = {((0, 0),): 0.25, ((0, 1),): 0.75}
+    law: rf.Law = {((0, 0),): 0.25, ((0, 1),): 0.75}
     assert rf.finite_difference(lambda x: rf.tbrm_loss(mdp, x, law), logits)[0][0] == approx([-3.0, 1.5])
     slopes = rf.finite_difference(lambda x: rf.state_value(two_steps(), x, 1, 0), THETA)
     assert slopes == [[approx([0, 0])], [approx([0.25, 0.75]), approx([0, 0]), approx([0, 0])]]
@@ -338,30 +349,29 @@ def test_a_response_that_ended_adds_nothing() -> None:
     assert rf.optimal_value(mdp, 0, 0) == approx(log(5 / 2)) == approx(rf.gibbs_value(mdp, 0, 0))
     law = rf.trajectory_law(mdp, rf.optimal_policy(mdp))
     assert law == approx({stop: 0.1, right: 0.8, wrong: 0.1})
-    for padding_logit in (0.0, 7.0):
-        logits = [[[0.0, log(3)]], [[1.0, 2.0], [padding_logit]]]
+    for padding in (0.0, 7.0):
+        logits = [[[0.0, log(3)]], [[1.0, 2.0], [padding]]]
         assert rf.residual(mdp, logits, stop) == approx(log(12))  # log 3 − log 1/4
         assert rf.residual_telescoped(mdp, logits, stop) == approx(log(12))
-    # BRM is not blind to it: (log 12 − 7)² + 7².
-    assert rf.brm_loss(mdp, logits, {stop: 1.0}) == approx((log(12) - 7) ** 2 + 49)
+        assert rf.brm_loss(mdp, logits, {stop: 1.0}) == approx((log(12) - padding) ** 2 + padding**2)
 
 
 # --- Coverage -----------------------------------------------------------------------------------------------
 
 
 def test_coverage_of_ragged_responses_by_hand() -> None:
-    """Trajectory laws (1, 8, 1)/10 and (1, 2, 1)/4: 1 + χ² = 0.04 + 1.28 + 0.04, and layer 0 alone has 1.12."""
+    """Trajectory laws (1, 8, 1)/10 and (1, 2, 1)/4: 1 + χ² = 0.04 + 1.28 + 0.04; layer 0 alone: 1.12."""
     mdp = short_and_long()
-    policy = [[[Fraction(9, 10), Fraction(1, 10)]], [[Fraction(8, 9), Fraction(1, 9)], [1]]]
+    policy = [[[exact(9, 10), exact(1, 10)]], [[exact(8, 9), exact(1, 9)], [1]]]
     law_pi, law_mu = rf.trajectory_law(mdp, policy), rf.trajectory_law(mdp, mdp.reference)
     state_action, state = rf.chi_square_occupancy(mdp, law_pi, law_mu)
     assert state_action == approx([0.12, 0.36])
     assert state == approx([0.0, 0.12])
     assert rf.lemma1(mdp, law_pi, law_mu) == approx(1.48)
     assert rf.c_infinity(mdp, law_pi, law_mu) == approx(1.6)
-    assert rf.kappa_by_sup(law_pi, law_mu) == Fraction(136, 100)
-    assert rf.second_moment_at_most(law_pi, law_mu, Fraction(8, 5))  # on trees Λ = C_∞
-    assert not rf.second_moment_at_most(law_pi, law_mu, Fraction(8, 5) - Fraction(1, 10**12))
+    assert rf.kappa_by_sup(law_pi, law_mu) == exact(136, 100)
+    assert rf.second_moment_at_most(law_pi, law_mu, exact(8, 5))  # on trees Λ = C_∞
+    assert not rf.second_moment_at_most(law_pi, law_mu, exact(8, 5) - exact(1, 10**12))
 
 
 def test_uncovered_actions_make_every_coefficient_infinite() -> None:
@@ -373,6 +383,22 @@ def test_uncovered_actions_make_every_coefficient_infinite() -> None:
     # The other way round 0/0 = 0 and nothing is infinite: χ² of layer 0 is 1, and 2 bounds every ratio.
     assert rf.lemma1(mdp, law_mu, law_pi) == rf.c_infinity(mdp, law_mu, law_pi) == 2
     assert rf.kappa_by_sup(law_mu, law_pi) == 2
+
+
+def test_pairs_that_neither_law_visits_do_not_count() -> None:
+    """0/0 = 0: A1 and missing actions have no mass. Both layers: (1, 0) against (1/2, 1/2)."""
+    mdp, left = two_steps(), [[[1.0, 0.0]], TAKE_A0[1]]
+    law_pi, law_mu = rf.trajectory_law(mdp, left), rf.trajectory_law(mdp, TAKE_A0)
+    assert rf.chi_square_occupancy(mdp, law_pi, law_mu) == ([1.0, 1.0], [0.0, 1.0])
+    assert rf.c_infinity(mdp, law_pi, law_mu) == rf.kappa_by_sup(law_pi, law_mu) == 2
+    assert rf.c_infinity(mdp, {A0: 0.5, B0: 0.0}, {A0: 1.0}) == 0.5
+
+
+def test_moments_by_hand() -> None:
+    law: rf.Law = {((0, 0), (0, 0)): exact(2, 3), ((0, 0), (0, 1)): THIRD}
+    mean, matrix = rf.moments(law, rf.visited_pairs(law))
+    assert mean == [1, exact(2, 3), THIRD]
+    assert matrix == [[1, exact(2, 3), THIRD], [exact(2, 3), exact(2, 3), 0], [THIRD, 0, THIRD]]
 
 
 def x1_target() -> rf.Law:
@@ -388,18 +414,18 @@ def test_x1_replay_of_two_policies_has_infinite_kappa() -> None:
 
 
 def test_x1_flipped_mixture_exceeds_lemma1_and_corollary6() -> None:
-    mdp, keep, flip = corridor(2), Fraction(63, 64), Fraction(1, 64)
+    mdp, keep, flip = corridor(2), exact(63, 64), exact(1, 64)
     law_mu = rf.mixture_law(mdp, [(HALF, [[[keep, flip]]] * 2), (HALF, [[[flip, keep]]] * 2)])
     assert sum(law_mu.values()) == 1
-    assert rf.kappa_by_sup(x1_target(), law_mu) == Fraction(2111, 63)
+    assert rf.kappa_by_sup(x1_target(), law_mu) == exact(2111, 63)
     assert rf.lemma1(mdp, x1_target(), law_mu) == approx(3)
     assert 2 * rf.c_infinity(mdp, x1_target(), law_mu) == approx(4)
 
 
 @pytest.mark.parametrize("horizon", [1, 2, 3, 4])
 def test_x4_merging_helps_a_corridor_but_not_a_lock(horizon: int) -> None:
-    """Uniform data and π always right: κ = 1 + H in one state per layer, 2^H in the lock. Floats suffice here."""
-    always_right = [[[1, 0]]] * horizon
+    """Uniform data, π always right: κ = 1 + H in one state per layer, 2^H in the lock."""
+    always_right = [[[1.0, 0.0]]] * horizon
     easy = corridor(horizon)
     laws = rf.trajectory_law(easy, always_right), rf.trajectory_law(easy, easy.reference)
     assert rf.kappa_by_sup(*laws) == rf.lemma1(easy, *laws) == 1 + horizon
@@ -410,13 +436,13 @@ def test_x4_merging_helps_a_corridor_but_not_a_lock(horizon: int) -> None:
 
 
 @pytest.mark.parametrize("horizon", [2, 3])
-@pytest.mark.parametrize("g", [Fraction(1, 10), Fraction(1, 1000)])
+@pytest.mark.parametrize("g", [exact(1, 10), exact(1, 1000)])
 def test_b3_sharp_family(horizon: int, g: Fraction) -> None:
     """Λ = C(H − (H−1)g) exactly, with C = 2; the actions are gA, gB and bad."""
-    c = Fraction(2)
+    c = exact(2)
     bad, g_b = 1 - 1 / c, g * (1 - 1 / c) / (1 - g)
     g_a = 1 / c - g_b
-    stay, enter = [[{0: 1}], [{1: 1}, {1: 1}]], [[{0: 1}, {1: 1}, {1: 1}]]
+    stay, enter = [[{0: 1.0}], [{1: 1.0}, {1: 1.0}]], [[{0: 1.0}, {1: 1.0}, {1: 1.0}]]
     mdp = PlainMDP(
         beta=1.0,
         initial=[1],
@@ -430,4 +456,4 @@ def test_b3_sharp_family(horizon: int, g: Fraction) -> None:
     assert rf.c_infinity(mdp, law_pi, law_mu) == approx(2)
     sharp = c * (horizon - (horizon - 1) * g)
     assert rf.second_moment_at_most(law_pi, law_mu, sharp)
-    assert not rf.second_moment_at_most(law_pi, law_mu, sharp - Fraction(1, 10**12))
+    assert not rf.second_moment_at_most(law_pi, law_mu, sharp - exact(1, 10**12))

@@ -1,0 +1,53 @@
+# Everything runs inside .venv, which the first target that needs it creates. PYTHON picks the interpreter that creates it:
+#   make test PYTHON=python3.12
+PYTHON ?= python3
+# Worker processes of the test suite; "auto" is one for each core.
+WORKERS ?= auto
+
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+RUN := $(VENV)/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help venv test wheel constraints clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
+
+venv: $(INSTALLED)  ## create .venv and install the package and its tools, every version pinned
+
+# pip and setuptools come first and are pinned too, so that the build uses the pinned ones instead of an isolated newest.
+# A folder that holds no working environment (interrupted, or moved here) is made anew.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "tbrm_theory needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || echo missing)." >&2; \
+	  echo "Name another one: make $(or $(MAKECMDGOALS),venv) PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(RUN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(RUN) -m pip install --quiet --constraint constraints.txt --upgrade pip setuptools
+	$(RUN) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[test,dev]'
+	@touch $@
+
+# One torch thread for each worker: more would fight over the same cores.
+test: venv  ## lint, types, and the whole test suite with its coverage
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --cov --cov-report=term
+
+wheel: venv  ## build dist/*.whl and dist/*.tar.gz
+	$(RUN) -m build --no-isolation
+
+# Use the oldest supported Python, so that each pin exists for all. To change torch, change its line and run this.
+constraints:  ## find the newest versions that fit together, and pin them in constraints.txt
+	$(PYTHON) -m venv --clear build/pins
+	grep '^torch==' constraints.txt > build/pins/torch.txt
+	build/pins/bin/python -m pip install --quiet --constraint build/pins/torch.txt --upgrade pip setuptools
+	build/pins/bin/python -m pip install --quiet --constraint build/pins/torch.txt --no-build-isolation --editable '.[test,dev]'
+	grep '^#' constraints.txt > build/pins/constraints.txt
+	build/pins/bin/python -m pip freeze --all --exclude-editable | grep '==' | sed 's/+[^+]*$$//' >> build/pins/constraints.txt
+	mv build/pins/constraints.txt constraints.txt
+	rm -r build/pins
+
+clean:  ## remove build products and caches; keeps .venv and results/
+	rm -rf build dist htmlcov *.egg-info .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -r {} +

@@ -1,0 +1,251 @@
+"""The command ``tbrm``: each subcommand is a typed function in :data:`COMMANDS`; it prints, returns a status.
+
+Status 0: done; 1: a check failed; 2: bad input, said in one line on stderr, or bad usage; 130: interrupted.
+What a command computes comes from the other modules; here it is only laid out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tbrm_theory.dynamic_programming import Solution
+from tbrm_theory.dynamic_programming import solve as solve_exactly
+from tbrm_theory.errors import InvalidInputError
+from tbrm_theory.evaluation import evaluate_instance
+from tbrm_theory.instance import Instance
+from tbrm_theory.mdp import RegularizedMDP
+
+__all__ = ["COMMANDS", "CommandError", "main"]
+
+_Case = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CASE.json")]
+_Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+_Loaded = TypeVar("_Loaded", Instance, RegularizedMDP)
+
+_MOST_ROWS = 60  # of a table for people; the JSON object has all
+
+
+class CommandError(Exception):
+    """Bad input, told to the user in one line."""
+
+
+# -- subcommands -------------------------------------------------------------------------------------------
+
+
+def evaluate(case: _Case, /, *, json: _Flag = False) -> int:
+    """Every exact quantity of an instance file: the optimum, policies, losses and bounds.
+
+    Objectives, regrets and bounds are in reward units, V* and Q* in units of beta, losses in units of beta
+    squared.
+
+    Args:
+        case: Instance file, as described in the README.
+        json: Print one JSON object on standard output and nothing else; infinities are strings, NaN never
+        occurs.
+    """
+    instance = _load(Instance.load, case)
+    result = evaluate_instance(instance)
+    if json:
+        print(_one_line_of_json(result))
+    else:
+        _print_evaluation(_console(), case, instance.mdp, result)
+    return 0
+
+
+def solve(case: _Case, /) -> int:
+    """The optimum of an instance file, and how it is certified.
+
+    Prints the objective, V* (in units of beta) of the states an episode can start in, the optimal policy of
+    small layers, and the two residuals of the certificate: Bellman's, and the gap to the objective of the
+    policy found. Exit status 1 if they are larger than rounding explains.
+
+    Args:
+        case: Instance file; only its problem is read, not its policies, mixtures and logits.
+    """
+    solution = solve_exactly(_load(RegularizedMDP.load, case))
+    _print_solution(_console(), case, solution)
+    return 0 if solution.certified else 1
+
+
+COMMANDS: dict[str, Callable[..., int]] = {
+    "evaluate": evaluate,
+    "solve": solve,
+}
+"""Subcommands by name, in the order of ``tbrm --help``. A new one is a function above and a line here."""
+
+
+# -- running one -------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``tbrm`` and return its exit status.
+
+    Raises:
+        SystemExit: after ``--help`` (status 0), or on arguments that no subcommand takes (status 2).
+    """
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            _never_refuse_a_character(stream)
+        status: int = tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="tbrm",
+            description="Exact checks of Trajectory Bellman Residual Minimization on finite problems.",
+            args=arguments,
+        )
+        sys.stdout.flush()  # here, where a closed pipe is still handled
+    except CommandError as error:
+        print(f"tbrm: error: {_on_one_line(str(error))}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        _discard_stdout()
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return status
+
+
+def _load(load: Callable[[Path], _Loaded], case: Path) -> _Loaded:
+    try:
+        return load(case)
+    except InvalidInputError as error:
+        text = str(error)
+        raise CommandError(text if error.where == str(case) else f"{case}: {text}") from error
+    except OSError as error:
+        raise CommandError(f"{case}: {error.strerror or error}") from error
+
+
+def _on_one_line(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _never_refuse_a_character(stream: Any) -> None:
+    """Where the terminal's encoding lacks ``β``, print an escape rather than die."""
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="backslashreplace")
+
+
+def _discard_stdout() -> None:
+    """The reader has gone: what is still buffered goes nowhere, so that the last flush of all succeeds."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
+def _one_line_of_json(result: dict[str, Any]) -> str:
+    return json.dumps(result, allow_nan=False)
+
+
+# -- layout ------------------------------------------------------------------------------------------------
+
+
+def _console() -> Console:
+    piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    return Console(width=160 if piped else None, highlight=False, markup=False)
+
+
+def _table(title: str, *columns: str, numbers: Iterable[str] = ()) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+    return table
+
+
+def _row(table: Table, *cells: object) -> None:
+    """Cells as they are: names from a file are never read as markup."""
+    table.add_row(*(Text(_shown(cell)) for cell in cells))
+
+
+def _shown(cell: object) -> str:
+    return f"{cell:.8g}" if isinstance(cell, float) else str(cell)
+
+
+def _listing(numbers: Iterable[object]) -> str:
+    return "  ".join(_shown(number) for number in numbers)
+
+
+def _describe(mdp: RegularizedMDP) -> str:
+    kind = "deterministic" if mdp.is_deterministic else "stochastic"
+    pairs = sum(int(valid.sum()) for valid in mdp.valid)
+    return f"horizon {mdp.horizon}, {pairs} state-action pairs, {kind} transitions, beta {mdp.beta.item():g}"
+
+
+def _print_evaluation(console: Console, case: Path, mdp: RegularizedMDP, result: dict[str, Any]) -> None:
+    console.print(Text(f"{case}: {_describe(mdp)}"))
+    _print_optimum(console, result)
+    policies = _table("Policies (reward units; KL in nats)", "policy", *_POLICY, numbers=_POLICY)
+    for name, found in result["policies"].items():
+        _row(policies, name, *(found[key] for key in _POLICY))
+    console.print(policies)
+    if not result["losses"]:
+        return
+    bounds = _table("Logits (reward units)", "logits", *_LOGITS, numbers=_LOGITS)
+    losses = _table("Population losses (units of beta, squared)", "logits", "behaviour", *_LOSSES, numbers=_LOSSES)
+    for name, found in result["losses"].items():
+        _row(bounds, name, *(found[key] for key in _LOGITS))
+        for behaviour, loss in found["by_behaviour"].items():
+            _row(losses, name, behaviour, *(loss[key] for key in _LOSSES))
+    console.print(bounds)
+    console.print(losses)
+
+
+_POLICY = ("objective", "regret", "kl_to_reference")
+_LOGITS = ("objective", "regret", "corollary4")
+_LOSSES = ("tbrm", "brm")
+
+
+def _print_optimum(console: Console, result: dict[str, Any]) -> None:
+    console.print(Text(f"Optimal objective {_shown(result['objective_star'])}"))
+    table = _table("Optimum (V* and Q* in units of beta)", "layer", "state", "V*", "Q*", "policy", numbers=("V*",))
+    rows = [
+        (h, s, value, _listing(q), _listing(policy))
+        for h, layer in enumerate(zip(result["v_star"], result["q_star"], result["policy_star"], strict=True))
+        for s, (value, q, policy) in enumerate(zip(*layer, strict=True))
+    ]
+    for row in rows[:_MOST_ROWS]:
+        _row(table, *row)
+    console.print(table)
+    if len(rows) > _MOST_ROWS:
+        console.print(Text(f"… and {len(rows) - _MOST_ROWS} more states; --json prints all"))
+
+
+def _print_solution(console: Console, case: Path, solution: Solution) -> None:
+    mdp = solution.mdp
+    console.print(Text(f"{case}: {_describe(mdp)}"))
+    console.print(Text(f"Optimal objective {_shown(solution.objective.item())}"))
+    starts = _table("First states (V* in units of beta)", "state", "probability", "V*", numbers=("probability", "V*"))
+    reached = [s for s, probability in enumerate(mdp.initial.tolist()) if probability > 0]
+    for s in reached[:_MOST_ROWS]:
+        _row(starts, s, mdp.initial[s].item(), solution.v[0][s].item())
+    console.print(starts)
+    if len(reached) > _MOST_ROWS:
+        console.print(Text(f"… and {len(reached) - _MOST_ROWS} more first states"))
+    _print_policy(console, solution)
+    certificate = _table("Certificate (relative)", "check", "found", numbers=("found",))
+    _row(certificate, "Bellman residual", solution.bellman_residual.item())
+    _row(certificate, "duality gap", solution.duality_gap.item())
+    _row(certificate, "within float64 rounding", "yes" if solution.certified else "NO")
+    console.print(certificate)
+
+
+def _print_policy(console: Console, solution: Solution) -> None:
+    """Whole layers of ``π*``, from the first on, as many as fit; a layer too large to read is left out."""
+    table = _table("Optimal policy", "layer", "state", "probabilities")
+    left_out = 0
+    for h, log_policy in enumerate(solution.log_policy):
+        rows = solution.mdp.rows(h, log_policy.exp())
+        if table.row_count + len(rows) > _MOST_ROWS:
+            left_out += 1
+            continue
+        for s, probabilities in enumerate(rows):
+            _row(table, h, s, _listing(probabilities))
+    console.print(table)
+    if left_out:
+        console.print(Text(f"… {left_out} of {solution.mdp.horizon} layers left out; tbrm evaluate --json has all"))

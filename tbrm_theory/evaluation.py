@@ -1,0 +1,107 @@
+"""Every exact quantity of an instance as one JSON object: what ``tbrm evaluate --json`` prints (design.md).
+
+Tables are nested ``[layer][state][action]`` in the file's own shape. ``v_star`` and ``q_star`` are in units
+of ``beta``, like logits; ``kl_to_reference`` is in nats; losses are squares of residuals in units of
+``beta``; all else is in reward units. An infinite quantity is the string ``"inf"`` or ``"-inf"``; NaN never
+occurs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from tbrm_theory.behaviours import Behaviour, MarkovBehaviour, MixtureBehaviour
+from tbrm_theory.bounds import corollary4
+from tbrm_theory.dynamic_programming import (
+    Solution,
+    kl_to_reference,
+    objective,
+    regret,
+    soft_policy,
+    solve,
+)
+from tbrm_theory.instance import Instance
+from tbrm_theory.population import population_loss
+from tbrm_theory.shapes import PerLayerStateAction
+
+__all__ = ["evaluate_instance", "named_behaviours", "named_policies"]
+
+
+def named_policies(instance: Instance, solution: Solution) -> dict[str, PerLayerStateAction]:
+    """``log π`` of every given policy, and of ``reference`` and ``optimal``."""
+    built_in = {"reference": instance.mdp.log_reference, "optimal": solution.log_policy}
+    return {**instance.policies, **built_in}
+
+
+def named_behaviours(instance: Instance, solution: Solution) -> dict[str, Behaviour]:
+    """All that generates data: the policies, and the mixtures, one component drawn for each episode."""
+    policies = named_policies(instance, solution)
+    behaviours: dict[str, Behaviour] = {name: MarkovBehaviour(log_policy) for name, log_policy in policies.items()}
+    for name, parts in instance.mixtures.items():
+        weights = tuple(weight for weight, _ in parts)
+        behaviours[name] = MixtureBehaviour(weights, tuple(policies[policy] for _, policy in parts))
+    return behaviours
+
+
+def evaluate_instance(instance: Instance) -> dict[str, Any]:
+    """The object of design.md; floats are JSON numbers that round-trip, infinities strings."""
+    mdp, solution = instance.mdp, solve(instance.mdp)
+
+    def table(tables: PerLayerStateAction) -> Any:
+        return [_json(mdp.rows(h, layer)) for h, layer in enumerate(tables)]
+
+    return {
+        "v_star": [_json(layer.tolist()) for layer in solution.v],
+        "q_star": table(solution.q),
+        "policy_star": table(tuple(log.exp() for log in solution.log_policy)),
+        "objective_star": _scalar(solution.objective),
+        "policies": {
+            name: _evaluate_policy(instance, solution, log_policy)
+            for name, log_policy in named_policies(instance, solution).items()
+        },
+        "losses": {name: _evaluate_logits(instance, solution, logits) for name, logits in instance.logits.items()},
+    }
+
+
+def _evaluate_policy(instance: Instance, solution: Solution, log_policy: PerLayerStateAction) -> dict[str, Any]:
+    return {
+        "objective": _scalar(objective(instance.mdp, log_policy)),
+        "regret": _scalar(regret(instance.mdp, log_policy, solution=solution)),
+        "kl_to_reference": _scalar(kl_to_reference(instance.mdp, log_policy)),
+    }
+
+
+def _evaluate_logits(instance: Instance, solution: Solution, logits: PerLayerStateAction) -> dict[str, Any]:
+    mdp, log_policy = instance.mdp, tuple(soft_policy(table) for table in logits)
+    return {
+        "objective": _scalar(objective(mdp, log_policy)),
+        "regret": _scalar(regret(mdp, log_policy, solution=solution)),
+        "corollary4": _scalar(corollary4(mdp, logits, solution=solution)),
+        "by_behaviour": {
+            name: {loss: _scalar(population_loss(mdp, logits, behaviour, loss=loss)) for loss in ("tbrm", "brm")}
+            for name, behaviour in named_behaviours(instance, solution).items()
+        },
+    }
+
+
+def _scalar(value: Tensor) -> float | str:
+    number: float | str = _json(value.item())
+    return number
+
+
+def _json(value: Any) -> Any:
+    """Nested lists of floats with infinities as strings.
+
+    Raises:
+        ArithmeticError: a NaN, which would be a bug; it is never printed.
+    """
+    if isinstance(value, list):
+        return [_json(entry) for entry in value]
+    if math.isnan(value):
+        raise ArithmeticError("an exact quantity came out as NaN")
+    if math.isinf(value):
+        return "inf" if value > 0 else "-inf"
+    return value

@@ -1,0 +1,147 @@
+"""TBRM reaches the exact optimum from arbitrary off-policy data (C1, C2, I14), and fails where theory.md says so (X3)."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from problems import random_logits, random_policy, random_problem
+
+import tbrm_theory as tt
+from tbrm_theory import optimisers
+from tbrm_theory.behaviours import MarkovBehaviour, MixtureBehaviour
+from tbrm_theory.dynamic_programming import solve
+from tbrm_theory.objectives import PopulationObjective, SampleObjective
+from tbrm_theory.optimisers import least_squares_plan, levenberg_marquardt
+from tbrm_theory.parametrisations import Linear, Network, Tabular, linear_features
+from tbrm_theory.training import FitConfig, exact_regret, fit
+
+
+@pytest.mark.parametrize("dense_limit", [3000, 0])
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_gauss_newton_reaches_the_optimum_off_policy(
+    seed: int, dense_limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C1, C2: random full-support Markov data, four random starts; factorised and by conjugate gradients."""
+    monkeypatch.setattr(optimisers, "DENSE_LIMIT", dense_limit)
+    mdp = random_problem("deterministic", seed)
+    tabular = Tabular(mdp)
+    start = tabular.initial(4, torch.Generator().manual_seed(seed))
+    objective = PopulationObjective(mdp, MarkovBehaviour(random_policy(mdp, seed)))
+    before = exact_regret(mdp, tabular.logits(start), solve(mdp))
+    minimum = levenberg_marquardt(objective, tabular, start)
+    after = exact_regret(mdp, tabular.logits(minimum.theta), solve(mdp))
+    assert bool((before > 1e-3).all())
+    assert bool((minimum.loss < 1e-20).all())
+    assert bool((after < 1e-10).all())
+
+
+def test_gauss_newton_matrix_is_that_of_the_residuals() -> None:
+    """Against Jᵀ W J with the Jacobian of the enumerated residuals by autograd, for each parametrisation."""
+    mdp = random_problem("deterministic", 1)
+    generator = torch.Generator().manual_seed(0)
+    behaviour = MarkovBehaviour(random_policy(mdp, 5))
+    objective = SampleObjective.enumerated(mdp, behaviour)
+    features = linear_features(mdp, 4, generator, realisable=True)
+    for parametrisation in (Tabular(mdp), Linear(mdp, features), Network(mdp, generator, features=3, width=2)):
+        theta = parametrisation.initial(1, generator, scale=0.3)
+        metric = optimisers._Metric(PopulationObjective(mdp, behaviour), parametrisation)
+        matrix = metric.dense(theta, metric.policy(theta))[0]
+        hessian = torch.zeros_like(matrix)
+        for weight, row in zip(objective.weights, range(objective.trajectories.states.shape[0]), strict=True):
+            single = SampleObjective(
+                mdp,
+                type(objective.trajectories)(
+                    *(getattr(objective.trajectories, name)[row : row + 1] for name in ("states", "actions", "mask"))
+                ),
+            )
+            # ∇ f² = 2 f ∇f, so ∇f (∇f)ᵀ = ∇f² (∇f²)ᵀ / (4 f²)
+            leaf = theta.clone().requires_grad_()
+            square = single.loss(parametrisation.logits(leaf))
+            gradient = torch.autograd.grad(square.sum(), leaf)[0][0]
+            hessian += weight * torch.outer(gradient, gradient) / (4 * square.detach())
+        assert torch.allclose(matrix, hessian, rtol=1e-9, atol=1e-11)
+        direction = parametrisation.initial(1, generator)
+        assert torch.allclose(
+            metric.product(theta, metric.policy(theta), direction)[0], hessian @ direction[0], rtol=1e-9, atol=1e-11
+        )
+
+
+def test_least_squares_plan_is_the_optimum_on_covering_data_and_the_minimum_on_noisy() -> None:
+    """I14."""
+    mdp = random_problem("deterministic", 3)
+    objective = SampleObjective.enumerated(mdp, MarkovBehaviour(random_policy(mdp, 1)))
+    plan = least_squares_plan(objective)
+    assert exact_regret(mdp, plan, solve(mdp)).item() < 1e-12
+    noise = torch.randn(len(objective.returns), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noisy = dataclasses.replace(objective, observed_return=objective.returns + noise)
+    tabular = Tabular(mdp)
+    found = levenberg_marquardt(noisy, tabular, tabular.initial(3, torch.Generator().manual_seed(1))).loss
+    assert noisy.loss(least_squares_plan(noisy)).item() > 1e-3
+    assert torch.allclose(found, noisy.loss(least_squares_plan(noisy)).expand(3), rtol=1e-7)
+
+
+def test_uncovered_actions_give_zero_loss_at_a_wrong_policy() -> None:
+    """X3: data that never take one action say nothing about it."""
+    mdp = random_problem("deterministic", 1)
+    logits = list(random_logits(mdp, 0))
+    logits[0] = logits[0].clone()
+    logits[0][:, 1] = -torch.inf
+    holes = MarkovBehaviour(tuple(torch.log_softmax(table, dim=-1) for table in logits))
+    tabular = Tabular(mdp)
+    start = tabular.initial(4, torch.Generator().manual_seed(0), scale=3.0)
+    minimum = levenberg_marquardt(PopulationObjective(mdp, holes), tabular, start)
+    assert bool((minimum.loss < 1e-20).all())
+    assert bool((exact_regret(mdp, tabular.logits(minimum.theta), solve(mdp)) > 1e-3).all())
+
+
+def test_full_support_mixture_still_identifies_the_optimum() -> None:
+    """X1: only the bound fails there, not the method."""
+    mdp = random_problem("deterministic", 1)
+    replay = MixtureBehaviour((0.5, 0.5), (random_policy(mdp, 1), random_policy(mdp, 2)))
+    tabular = Tabular(mdp)
+    start = tabular.initial(3, torch.Generator().manual_seed(0))
+    minimum = levenberg_marquardt(PopulationObjective(mdp, replay), tabular, start)
+    assert bool((exact_regret(mdp, tabular.logits(minimum.theta), solve(mdp)) < 1e-10).all())
+
+
+@pytest.mark.parametrize("mode", ["population", "offline", "online", "replay"])
+@pytest.mark.parametrize("loss", ["tbrm", "brm"])
+def test_adam_lowers_the_regret_in_every_mode(mode: str, loss: str) -> None:
+    mdp = random_problem("deterministic", 1)
+    objective = {
+        "population": PopulationObjective(mdp, MarkovBehaviour(mdp.log_reference)),
+        "offline": SampleObjective.enumerated(mdp, MarkovBehaviour(mdp.log_reference)),
+    }.get(mode)
+    config = FitConfig(mode=mode, loss=loss, steps=400, seeds=3, replay_capacity=300)  # type: ignore[arg-type]
+    _, history = fit(mdp, Tabular(mdp), config, objective=objective)
+    assert max(history.regret[-1]) < 0.1 * min(history.regret[0])
+
+
+@pytest.mark.parametrize("mode", ["population", "replay"])
+def test_killed_run_resumes_to_the_same_bits(mode: str, tmp_path: Path) -> None:
+    mdp = random_problem("deterministic", 1)
+    objective = PopulationObjective(mdp, MarkovBehaviour(mdp.log_reference))
+    config = FitConfig(mode=mode, steps=60, seeds=2, checkpoint_every=20, evaluations=6)  # type: ignore[arg-type]
+    whole, history = fit(mdp, Tabular(mdp), config, objective=objective)
+
+    class Killed(Exception):
+        pass
+
+    def kill(so_far: object) -> None:
+        if history.step[4] in getattr(so_far, "step"):  # noqa: B009
+            raise Killed
+
+    path = tmp_path / "run.safetensors"
+    with pytest.raises(Killed):
+        fit(mdp, Tabular(mdp), config, objective=objective, checkpoint=path, after_evaluation=kill)
+    resumed, again = fit(mdp, Tabular(mdp), config, objective=objective, checkpoint=path)
+    assert torch.equal(whole, resumed)
+    assert again == history
+    with pytest.raises(tt.InvalidInputError, match="learning_rate"):
+        fit(mdp, Tabular(mdp), dataclasses.replace(config, learning_rate=1.0), objective=objective, checkpoint=path)
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(tt.InvalidInputError, match="not a checkpoint"):
+        fit(mdp, Tabular(mdp), config, objective=objective, checkpoint=path)
