@@ -1,8 +1,8 @@
 # Everything runs inside .venv, which the first target that needs it creates. PYTHON picks the interpreter that creates it:
 #   make test PYTHON=python3.12
 PYTHON ?= python3
-# Worker processes of the test suite; "auto" is one for each core.
-WORKERS ?= auto
+# Worker processes of the test suite; 0 runs it in one process, "auto" has one for each core.
+WORKERS ?= 0
 
 VENV := .venv
 INSTALLED := $(VENV)/.installed

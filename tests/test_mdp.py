@@ -473,7 +473,9 @@ MALFORMED: list[Malformed] = [
 ]
 
 
-@pytest.mark.parametrize(("keys", "value", "where", "words"), MALFORMED, ids=lambda part: str(part)[:40])
+@pytest.mark.parametrize(
+    ("keys", "value", "where", "words"), MALFORMED, ids=lambda part: getattr(part, "__name__", str(part))[:40]
+)
 def test_a_malformed_field_is_refused_with_its_path_and_what_was_expected(
     keys: tuple[str | int, ...], value: Any, where: str, words: str, tmp_path: Path
 ) -> None:
@@ -763,7 +765,7 @@ def sparse(next_state: list[list[list[int]]], probability: list[list[list[float]
         ({"action_counts": [[1, 1], [1, 1]]}, "action_counts[0][0]", "expected a count from 2 to 2, found 1"),
         ({"action_counts": [[2, 0], [1, 1]]}, "action_counts[0][1]", "expected a count from 1 to 2, found 0"),
     ],
-    ids=lambda part: str(part)[:40],
+    ids=lambda part: getattr(part, "__name__", str(part))[:40],
 )
 def test_malformed_tensors_are_refused_by_name(fields: dict[str, Any], where: str, words: str) -> None:
     with pytest.raises(InvalidInputError) as caught:
@@ -839,7 +841,7 @@ def test_layers_that_share_tensors_go_on_sharing_them() -> None:
         ({"transitions": [DenseTransition(torch.full((7, 2, 2, 2), 0.5))]}, (7,)),
         ({"transitions": [SparseTransition(torch.zeros(2, 2, 1).long(), torch.ones(7, 2, 2, 1), 2)]}, (7,)),
     ],
-    ids=lambda part: str(part)[:40],
+    ids=lambda part: getattr(part, "__name__", str(part))[:40],
 )
 def test_batch_shape_is_what_all_tables_broadcast_to(fields: dict[str, Any], batch: tuple[int, ...]) -> None:
     assert problem(**fields).batch_shape == batch
