@@ -1,15 +1,19 @@
 # Everything runs inside .venv, which the first target that needs it creates. PYTHON picks the interpreter that creates it:
 #   make test PYTHON=python3.12
 PYTHON ?= python3
-# Worker processes of the test suite; 0 runs it in one process, "auto" has one for each core.
-WORKERS ?= 0
+# Worker processes of the test suite; "auto" has one for each core.
+WORKERS ?= auto
 
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 RUN := $(VENV)/bin/python
+LATEST := results/toy_convergence/latest
+
+# Figures are files; no window is ever opened.
+export MPLBACKEND := Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test wheel constraints clean
+.PHONY: help venv verify test figures experiments wheel constraints clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -27,12 +31,25 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(RUN) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[test,dev]'
 	@touch $@
 
+verify: venv  ## check every claim, run the convergence experiment, draw its figure
+	$(VENV)/bin/tbrm verify
+	$(RUN) experiments/toy_convergence.py
+	@$(RUN) paper_figs/fig_toy_convergence.py --results $(LATEST) --data $(LATEST) --out $(LATEST)
+	@echo "Results, tables and figures are in $(LATEST)/"
+
 # One torch thread for each worker: more would fight over the same cores.
 test: venv  ## lint, types, and the whole test suite with its coverage
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --cov --cov-report=term
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --cov --cov-report=term --cov-fail-under=95
+
+figures: venv  ## redraw every figure from the committed tables, running nothing
+	@set -e; for figure in paper_figs/fig_*.py; do $(RUN) "$$figure"; done
+
+experiments: venv  ## the convergence experiment on the large problems too, and the table and figure that are committed
+	$(RUN) experiments/toy_convergence.py --full
+	@$(RUN) paper_figs/fig_toy_convergence.py --results $(LATEST)
 
 wheel: venv  ## build dist/*.whl and dist/*.tar.gz
 	$(RUN) -m build --no-isolation

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tbrm_theory.dynamic_programming import evaluate, objective, regret, solve
 from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.losses import TrajectoryScores, tbrm_loss, tbrm_residual
@@ -13,6 +15,7 @@ __all__ = [
     "RegularizedMDP",
     "TrajectoryScores",
     "evaluate",
+    "make",
     "objective",
     "population_loss",
     "regret",
@@ -20,3 +23,10 @@ __all__ = [
     "tbrm_loss",
     "tbrm_residual",
 ]
+
+
+def make(name: str, *, seed: int = 0, **options: Any) -> RegularizedMDP:
+    """An instance of a named family (``tbrm families`` lists them); see :func:`tbrm_theory.families.make`."""
+    from tbrm_theory import families  # imports gymnasium, which nothing else needs
+
+    return families.make(name, seed=seed, **options)

@@ -49,8 +49,7 @@ def evaluate(case: _Case, /, *, json: _Flag = False) -> int:
 
     Args:
         case: Instance file, as described in the README.
-        json: Print one JSON object on standard output and nothing else; infinities are strings, NaN never
-        occurs.
+        json: Print one JSON object on standard output and nothing else; infinities are strings, NaN never occurs.
     """
     instance = _load(Instance.load, case)
     result = evaluate_instance(instance)
@@ -76,9 +75,53 @@ def solve(case: _Case, /) -> int:
     return 0 if solution.certified else 1
 
 
+def families() -> int:
+    """The named families of problems, for tbrm_theory.make(NAME, seed=0, OPTION=...), with their options."""
+    from tbrm_theory.families import FAMILIES  # imports gymnasium, which only this command needs
+
+    table = _table("Families of problems", "name", "transitions", "summary", "options and defaults")
+    for name, family in FAMILIES.items():
+        options = ", ".join(f"{option.name}={option.default!r}" for option in family.options.values())
+        kind = "deterministic" if family.deterministic else "stochastic"
+        _row(table, name, kind, family.summary.replace("``", ""), options or "none")
+    _console().print(table)
+    return 0
+
+
+def verify(
+    *,
+    claims: tuple[str, ...] = (),
+    families: tuple[str, ...] = (),
+    instances: int = 200,
+    seed: int = 0,
+    json: Path | None = None,
+) -> int:
+    """Check the claims of the theory on problems of every family: two sides by independent code, one line for each claim.
+
+    An error is relative to the size of the terms, and a claim holds if it is at most what float64 rounding explains.
+    Exit status 0: all claims hold; 1: one is violated; 2: one was never exercised, since every problem was outside its
+    assumptions.
+
+    Args:
+        claims: Ids such as I3, or I7.b for a part; all claims if not given.
+        families: Names as listed by "tbrm families"; all of them if not given.
+        instances: Problems for each claim.
+        seed: First seed; "--families NAME --seed SEED --instances 1" repeats what the table names.
+        json: File to write the outcome of every claim to.
+    """
+    from tbrm_theory.claims.command import verify_command  # imports gymnasium, like families
+
+    try:
+        return verify_command(claims, families, instances, seed, json)
+    except (InvalidInputError, OSError) as error:
+        raise CommandError(str(error)) from error
+
+
 COMMANDS: dict[str, Callable[..., int]] = {
     "evaluate": evaluate,
     "solve": solve,
+    "families": families,
+    "verify": verify,
 }
 """Subcommands by name, in the order of ``tbrm --help``. A new one is a function above and a line here."""
 
@@ -148,7 +191,7 @@ def _one_line_of_json(result: dict[str, Any]) -> str:
 
 def _console() -> Console:
     piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
-    return Console(width=160 if piped else None, highlight=False, markup=False)
+    return Console(width=160 if piped else None, highlight=False)
 
 
 def _table(title: str, *columns: str, numbers: Iterable[str] = ()) -> Table:

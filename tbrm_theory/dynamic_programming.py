@@ -235,7 +235,7 @@ def solve(mdp: RegularizedMDP) -> Solution:
         mdp=mdp,
         q=tuple(q),
         v=tuple(v),
-        log_policy=tuple(table - value.unsqueeze(-1) for table, value in zip(q, v, strict=True)),
+        log_policy=tuple(soft_policy(table) for table in q),  # Q - V would lose the policy where |Q| reaches 1e16
         objective=mdp.beta * (mdp.initial * v[0]).sum(-1),
     )
 

@@ -27,18 +27,18 @@ from tbrm_theory.instance import Instance
 from tbrm_theory.population import population_loss
 from tbrm_theory.shapes import PerLayerStateAction
 
-__all__ = ["evaluate_instance", "named_behaviours", "named_policies"]
+__all__ = ["evaluate_instance", "instance_behaviours", "instance_policies"]
 
 
-def named_policies(instance: Instance, solution: Solution) -> dict[str, PerLayerStateAction]:
+def instance_policies(instance: Instance, solution: Solution) -> dict[str, PerLayerStateAction]:
     """``log π`` of every given policy, and of ``reference`` and ``optimal``."""
     built_in = {"reference": instance.mdp.log_reference, "optimal": solution.log_policy}
     return {**instance.policies, **built_in}
 
 
-def named_behaviours(instance: Instance, solution: Solution) -> dict[str, Behaviour]:
+def instance_behaviours(instance: Instance, solution: Solution) -> dict[str, Behaviour]:
     """All that generates data: the policies, and the mixtures, one component drawn for each episode."""
-    policies = named_policies(instance, solution)
+    policies = instance_policies(instance, solution)
     behaviours: dict[str, Behaviour] = {name: MarkovBehaviour(log_policy) for name, log_policy in policies.items()}
     for name, parts in instance.mixtures.items():
         weights = tuple(weight for weight, _ in parts)
@@ -60,7 +60,7 @@ def evaluate_instance(instance: Instance) -> dict[str, Any]:
         "objective_star": _scalar(solution.objective),
         "policies": {
             name: _evaluate_policy(instance, solution, log_policy)
-            for name, log_policy in named_policies(instance, solution).items()
+            for name, log_policy in instance_policies(instance, solution).items()
         },
         "losses": {name: _evaluate_logits(instance, solution, logits) for name, logits in instance.logits.items()},
     }
@@ -82,7 +82,7 @@ def _evaluate_logits(instance: Instance, solution: Solution, logits: PerLayerSta
         "corollary4": _scalar(corollary4(mdp, logits, solution=solution)),
         "by_behaviour": {
             name: {loss: _scalar(population_loss(mdp, logits, behaviour, loss=loss)) for loss in ("tbrm", "brm")}
-            for name, behaviour in named_behaviours(instance, solution).items()
+            for name, behaviour in instance_behaviours(instance, solution).items()
         },
     }
 

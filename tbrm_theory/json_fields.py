@@ -13,11 +13,11 @@ import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from tbrm_theory.errors import InvalidInputError
 
-__all__ = ["Field", "path_below", "read_json", "write_json"]
+__all__ = ["Field", "parse_json", "path_below", "read_json", "replacement", "write_json"]
 
 
 def read_json(path: str | Path) -> Field:
@@ -28,30 +28,39 @@ def read_json(path: str | Path) -> Field:
         OSError: the file cannot be read.
     """
     name = str(path)
-
-    def refuse_constant(constant: str) -> NoReturn:
-        raise InvalidInputError(name, f"{constant} is not a JSON number")
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in found:
-                raise InvalidInputError(name, f"the key {key!r} appears twice in one object")
-            found[key] = value
-        return found
-
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        document = json.loads(text, parse_int=_integer, parse_constant=refuse_constant, object_pairs_hook=unique)
-        return Field("", document)
+        return Field("", parse_json(Path(path).read_text(encoding="utf-8"), name))
     except UnicodeDecodeError as error:
         raise InvalidInputError(name, f"not a UTF-8 text file ({error.reason} at byte {error.start})") from error
     except json.JSONDecodeError as error:
         raise InvalidInputError(
             name, f"not valid JSON, line {error.lineno} column {error.colno}: {error.msg}"
         ) from error
+
+
+def parse_json(text: str, where: str) -> Any:
+    """One JSON value, by the rules of :func:`read_json`.
+
+    Raises:
+        InvalidInputError: duplicate keys, ``NaN``, ``Infinity``, or nested too deeply; the message begins with ``where``.
+        json.JSONDecodeError: any other text that is not JSON.
+    """
+
+    def refuse_constant(constant: str) -> NoReturn:
+        raise InvalidInputError(where, f"{constant} is not a JSON number")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise InvalidInputError(where, f"the key {key!r} appears twice in one object")
+            found[key] = value
+        return found
+
+    try:
+        return json.loads(text, parse_int=_integer, parse_constant=refuse_constant, object_pairs_hook=unique)
     except RecursionError as error:
-        raise InvalidInputError(name, "nested too deeply to be an instance") from error
+        raise InvalidInputError(where, "nested too deeply to be an instance") from error
 
 
 def write_json(path: str | Path, document: Any) -> None:
@@ -62,11 +71,22 @@ def write_json(path: str | Path, document: Any) -> None:
         OSError: the file cannot be written.
     """
     text = json.dumps(document, allow_nan=False) + "\n"
+    with replacement(path) as file:
+        file.write(text)
+
+
+@contextlib.contextmanager
+def replacement(path: str | Path) -> Iterator[TextIO]:
+    """A new text file that takes the place of ``path`` when the block ends; if it fails, the old one stays as it was.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     target = Path(path).resolve()  # through a symbolic link, not in place of it
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("x", encoding="utf-8") as file:
-            file.write(text)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)

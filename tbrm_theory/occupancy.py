@@ -18,6 +18,7 @@ from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.mdp import RegularizedMDP
 from tbrm_theory.shapes import PerLayerState, PerLayerStateAction
 from tbrm_theory.tables import safe_log, side_by_side
+from tbrm_theory.transitions import SparseTransition, Transition
 
 __all__ = [
     "Enumeration",
@@ -149,7 +150,7 @@ def enumerate_trajectories(mdp: RegularizedMDP, *, limit: int = 1_000_000) -> En
         states, actions = states[row], torch.cat([actions[row], action.unsqueeze(-1)], dim=-1)
         log_dynamics = log_dynamics[row]
         if h < mdp.horizon - 1:
-            successors, probability = mdp.transitions[h].edges()
+            successors, probability = _distinct_edges(mdp.transitions[h])
             here = probability[states[:, -1], action]
             row, k = (here > 0).nonzero(as_tuple=True)
             following = successors[states[row, -1], action[row], k]
@@ -158,3 +159,14 @@ def enumerate_trajectories(mdp: RegularizedMDP, *, limit: int = 1_000_000) -> En
         if len(states) > limit:
             raise InvalidInputError("mdp", f"expected at most {limit} trajectories to enumerate, found more")
     return Enumeration(states, actions, log_dynamics)
+
+
+def _distinct_edges(kernel: Transition) -> tuple[Tensor, Tensor]:
+    """The edges of a kernel, a successor that is listed several times once, with the sum of its probabilities."""
+    successors, probability = kernel.edges()
+    if isinstance(kernel, SparseTransition):
+        same = successors.unsqueeze(-1) == successors.unsqueeze(-2)
+        total = torch.where(same, probability.unsqueeze(-2), 0.0).sum(-1)
+        first = same.to(torch.int64).argmax(-1) == torch.arange(same.shape[-1], device=same.device)
+        probability = torch.where(first, total, 0.0)
+    return successors, probability

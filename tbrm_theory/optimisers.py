@@ -1,12 +1,18 @@
 """Second-order and exact minimisers of the TBRM loss.
 
-*Gauss-Newton.* With ``f = φᵀ u(θ)`` the Gauss-Newton matrix of ``E f²`` is ``Jᵀ Dᵀ M D J``: ``J`` is the derivative of the logits
-in ``θ``, ``M`` the moment matrix of the data, and ``D`` the derivative of ``u`` in the logits, which is the identity in the first
-layer and ``I - 1 π_θᵀ`` on each state later (``u_1 = logit - R_β``, ``u_h = log π_θ - R_β``). ``D`` and ``M`` never need the
+*Gauss-Newton.* With ``f = φᵀ u(θ)`` the Gauss-Newton matrix of ``E f²`` is ``A = Jᵀ Dᵀ M D J``: ``J`` is the derivative of the
+logits in ``θ``, ``M`` the moment matrix of the data, and ``D`` the derivative of ``u`` in the logits, which is the identity in the
+first layer and ``I - 1 π_θᵀ`` on each state later (``u_1 = logit - R_β``, ``u_h = log π_θ - R_β``). ``D`` and ``M`` never need the
 trajectories again, so one iteration costs the same for a hundred trajectories and for all of them. Directions that change nothing
 (I8) are left where they are by the damping.
 
-*I14.* For tabular logits and deterministic transitions the minimiser is the soft plan of a linear least-squares reward estimate.
+*Tables, deterministic transitions.* Steps are then taken in the coordinates of I14, additive functions ``Σ_h g_h``, in which ``f``
+is linear: ``D = I``, and every start is a few damped steps from the minimum. Scaled by the mass of the pairs, ``M`` has all its
+nonzero eigenvalues in ``[1, H]`` for Markov data, however rare a pair is: by I11 the function is also the sum of its orthogonal
+increments, one function of a pair for each layer, so ``g`` of least norm has ``Σ_h E g_h² <= E (Σ_h g_h)²``; ``H`` is
+Cauchy-Schwarz. That is why conjugate gradients need few products.
+
+The same least-squares problem, solved once by a sparse direct route, is :func:`least_squares_plan`.
 """
 
 from __future__ import annotations
@@ -19,26 +25,32 @@ import scipy.sparse
 import scipy.sparse.linalg
 import torch
 from jaxtyping import Bool, Float, Int
-from numpy.typing import NDArray
 from torch import Tensor
 
-from tbrm_theory.dynamic_programming import soft_policy, soft_value
+from tbrm_theory.dynamic_programming import soft_policy
 from tbrm_theory.errors import InvalidInputError
-from tbrm_theory.mdp import RegularizedMDP
 from tbrm_theory.objectives import Objective, SampleObjective
 from tbrm_theory.occupancy import flatten_tables, unflatten_tables
-from tbrm_theory.parametrisations import Parametrisation
+from tbrm_theory.parametrisations import Parametrisation, Tabular
+from tbrm_theory.population import soft_plan
 from tbrm_theory.shapes import PerLayerStateAction
+from tbrm_theory.tables import check_finite
 
 __all__ = ["DENSE_LIMIT", "Minimum", "least_squares_plan", "levenberg_marquardt"]
 
-DENSE_LIMIT = 3000
-"""Above this many parameters the Gauss-Newton system is solved by conjugate gradients, without a matrix."""
+DENSE_LIMIT = 400
+"""Above this many parameters or pairs the Gauss-Newton system is solved by conjugate gradients, without a matrix."""
 
 _SMALLEST_DAMPING, _LARGEST_DAMPING = 1e-10, 1e10
+_LOOSEST, _TIGHTEST = 1e-2, 1e-6  # where conjugate gradients stop, relative to the gradient
+_ROUNDING = torch.finfo(torch.float64).eps
+_MOST_PRODUCTS = 1000  # in one solution by conjugate gradients
+_LARGEST_STEP = 1e50  # beyond it there is nothing but a failure
+_ENTRIES_AT_ONCE = 1 << 22  # of the matrices of several seeds, and of the rows that a diagonal is made of
 
 Seeds = Float[Tensor, " seeds"]
 Parameters = Float[Tensor, "seeds parameters"]
+Pairs = Float[Tensor, "*batch pairs"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,60 +60,8 @@ class Minimum:
     theta: Parameters
     loss: Seeds
     converged: Bool[Tensor, " seeds"]
-    """The loss is below the tolerance, or no step decreases it any more."""
+    """The loss is not above the tolerance, or no step decreases it any more beyond rounding."""
     iterations: int
-
-
-class _Metric:
-    """``D`` and ``M`` at given logits, applied to vectors over pairs and to parameters."""
-
-    def __init__(self, objective: Objective, parametrisation: Parametrisation) -> None:
-        self.objective, self.parametrisation = objective, parametrisation
-        reference = objective.mdp.reference
-        rows = [table.shape[-2] for table in reference]
-        starts = torch.tensor([0, *rows[:-1]]).cumsum(0).tolist()
-        self.state: Int[Tensor, " pairs"] = torch.cat(
-            [
-                (start + torch.arange(table.shape[-2])).repeat_interleave(table.shape[-1])
-                for start, table in zip(starts, reference, strict=True)
-            ]
-        ).to(reference[0].device)
-        self.states = sum(rows)
-        self.mass = objective.pair_mass()
-        self.matrix = objective.moment_matrix() if parametrisation.size <= DENSE_LIMIT else None
-
-    def policy(self, theta: Parameters) -> Float[Tensor, "seeds pairs"]:
-        """``π_θ`` over all pairs; 0 in the first layer, where ``D`` is the identity."""
-        mdp = self.objective.mdp
-        tables = [
-            torch.where(valid, soft_policy(torch.where(valid, table, -torch.inf)).exp(), 0.0)
-            for table, valid in zip(self.parametrisation.logits(theta), mdp.valid, strict=True)
-        ]
-        return flatten_tables((torch.zeros_like(tables[0]), *tables[1:]))
-
-    def _state_sum(self, x: Float[Tensor, "*batch pairs"]) -> Float[Tensor, "*batch pairs"]:
-        total = x.new_zeros(*x.shape[:-1], self.states).index_add(-1, self.state, x)
-        return total.index_select(-1, self.state)
-
-    def product(self, theta: Parameters, policy: Tensor, direction: Parameters) -> Parameters:
-        """``Jᵀ Dᵀ M D J v`` by one backward and one forward sweep."""
-        change = self.parametrisation.derivative(theta, direction)
-        change = change - self._state_sum(policy * change)
-        flow = self.objective.moment_product(change)
-        return self.parametrisation.adjoint(theta, flow - policy * self._state_sum(flow))
-
-    def dense(self, theta: Parameters, policy: Tensor) -> Float[Tensor, "seeds parameters parameters"]:
-        """``Jᵀ Dᵀ M D J``."""
-        assert self.matrix is not None
-        right = self.matrix - self._state_sum(self.matrix) * policy.unsqueeze(-2)
-        columns = right.transpose(-1, -2)  # Dᵀ acts on the other index
-        both = columns - self._state_sum(columns) * policy.unsqueeze(-2)
-        return self.parametrisation.congruence(theta, both.transpose(-1, -2))
-
-    def diagonal(self, theta: Parameters, policy: Tensor) -> Parameters:
-        """The diagonal of ``Dᵀ M D`` at the parameters; pairs of one state exclude each other, so no sweep is needed."""
-        pairs = self.mass * (1 - 2 * policy) + policy.square() * self._state_sum(self.mass.expand_as(policy))
-        return self.parametrisation.adjoint(theta, pairs)
 
 
 def levenberg_marquardt(
@@ -115,66 +75,180 @@ def levenberg_marquardt(
 ) -> Minimum:
     """Minimise the TBRM loss from every starting point of the batch by damped Gauss-Newton steps.
 
-    The damping is Marquardt's, a multiple of the diagonal, and each seed has its own. Up to ``DENSE_LIMIT`` parameters the
-    system is factorised; above, it is solved by conjugate gradients on products that cost one backward and one forward sweep.
+    The damping is Marquardt's, a multiple of the diagonal, and each seed has its own. Up to ``DENSE_LIMIT`` the system is
+    factorised; above, it is solved by conjugate gradients on products that cost one backward and one forward sweep, no more exactly
+    than the gradient at hand deserves.
 
     Args:
         theta: ``(seeds, D)``.
-        tolerance: stop when every loss is below it.
+        tolerance: a seed stops when its loss is not above it, or when a step promises no more than rounding.
         after_step: called with the iteration, the parameters and the losses.
+
+    Raises:
+        InvalidInputError: starting points of another size, or not finite.
     """
+    if theta.dim() != 2 or theta.shape[-1] != parametrisation.size:
+        expected = f"expected shape (seeds, {parametrisation.size})"
+        raise InvalidInputError("theta", f"{expected}, found {tuple(theta.shape)}")
+    check_finite(theta, "theta")
     metric = _Metric(objective, parametrisation)
-    damping = theta.new_full((len(theta),), 1e-2)
+    theta, damping = theta.detach().clone(), theta.new_full((len(theta),), 1e-2)
+    rejections = torch.zeros_like(damping)
     loss, gradient = _loss_and_gradient(objective, parametrisation, theta)
-    stalled = torch.zeros_like(loss, dtype=torch.bool)
-    iteration = 0
-    for iteration in range(1, iterations + 1):
-        step = _damped_step(metric, theta, gradient, damping)
-        trial = theta + torch.where(stalled.unsqueeze(-1), 0.0, step)
+    scale = gradient.norm(dim=-1).clamp(min=torch.finfo(torch.float64).tiny)
+    stopped, iteration = loss <= tolerance, 0
+    while iteration < iterations and not bool(stopped.all()):
+        iteration += 1
+        going = (~stopped).nonzero().squeeze(-1)
+        precision = (gradient[going].norm(dim=-1) / scale[going]).clamp(min=_TIGHTEST, max=_LOOSEST)
+        step = _damped_step(metric, theta[going], gradient[going], damping[going], precision)
+        predicted = -(gradient[going] * step).sum(-1)
+        trial = parametrisation.moved(theta[going], step)
         trial_loss, trial_gradient = _loss_and_gradient(objective, parametrisation, trial)
-        better = trial_loss < loss
-        theta = torch.where(better.unsqueeze(-1), trial, theta)
-        gradient = torch.where(better.unsqueeze(-1), trial_gradient, gradient)
-        loss = torch.where(better, trial_loss, loss)
-        damping = torch.where(better, damping / 10, damping * 10).clamp(min=_SMALLEST_DAMPING)
-        stalled = (damping > _LARGEST_DAMPING) | (loss <= tolerance)
+        better = trial_loss < loss[going]
+        gain = (loss[going] - trial_loss) / predicted
+        accepted = going[better]
+        theta[accepted], gradient[accepted] = trial[better], trial_gradient[better]
+        loss[accepted] = trial_loss[better]
+        rejections[going] = torch.where(better, 0.0, rejections[going] + 1)
+        factor = torch.where(better, _after_success(gain), 10.0 * rejections[going])
+        damping[going] = (damping[going] * factor).clamp(min=_SMALLEST_DAMPING)
+        stopped = (damping > _LARGEST_DAMPING) | (loss <= tolerance)
+        stopped[going] |= predicted <= _ROUNDING * loss[going]
         if after_step is not None:
-            after_step(iteration, theta, loss)
-        if bool(stalled.all()):
-            break
-    return Minimum(theta, loss, stalled, iteration)
+            after_step(iteration, theta.clone(), loss.clone())
+    return Minimum(theta, loss, stopped, iteration)
+
+
+def _after_success(gain: Seeds) -> Seeds:
+    """The change of the damping after a step that lowered the loss by this fraction of what the linear model promised."""
+    return torch.where(gain > 0.75, 0.1, torch.where(gain < 0.25, 5.0, 1.0))
 
 
 def _loss_and_gradient(
     objective: Objective, parametrisation: Parametrisation, theta: Parameters
 ) -> tuple[Seeds, Parameters]:
-    """``L`` and ``½∇L``."""
-    leaf = theta.detach().requires_grad_()
-    loss = objective.loss(parametrisation.logits(leaf))
-    (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+    """``L``, and half its gradient in a step from ``theta``."""
+    step = torch.zeros_like(theta, requires_grad=True)
+    loss = objective.loss(parametrisation.logits(parametrisation.moved(theta, step)))
+    (gradient,) = torch.autograd.grad(loss.sum(), step)
     return loss.detach(), gradient / 2
 
 
-def _damped_step(metric: _Metric, theta: Parameters, gradient: Parameters, damping: Seeds) -> Parameters:
-    """``-(A + λ diag A)⁻¹ g`` in the scaling that makes ``diag A = 1``; parameters without data stay put."""
-    policy = metric.policy(theta)
-    if metric.matrix is not None:
-        matrix = metric.dense(theta, policy)
-        scale = _inverse_root(matrix.diagonal(dim1=-2, dim2=-1))
-        matrix = matrix * scale.unsqueeze(-1) * scale.unsqueeze(-2)
-        matrix.diagonal(dim1=-2, dim2=-1).copy_((1 + damping).unsqueeze(-1).expand_as(scale))
-        factor, _ = torch.linalg.cholesky_ex(matrix)
-        scaled = torch.cholesky_solve((scale * gradient).unsqueeze(-1), factor).squeeze(-1)
-        # A failed factorisation leaves rubbish, which the loss test rejects; NaN must not reach it.
-        return torch.where(torch.isfinite(scaled), -scale * scaled, 0.0)
-    scale = _inverse_root(metric.diagonal(theta, policy))
-    return torch.stack(
-        [
-            -scale[i]
-            * _conjugate_gradients(metric, theta[i : i + 1], policy[i : i + 1], scale[i], gradient[i], damping[i])
-            for i in range(len(theta))
+# -- the Gauss-Newton system -----------------------------------------------------------------------------------
+
+
+class _Metric:
+    """``A = Jᵀ Dᵀ M D J`` of an objective and a parametrisation at any parameters: products, the diagonal, the matrix."""
+
+    def __init__(self, objective: Objective, parametrisation: Parametrisation) -> None:
+        self.objective, self.parametrisation = objective, parametrisation
+        mdp = objective.mdp
+        width = torch.tensor([table.shape[-1] for table in mdp.reference for _ in range(table.shape[-2])])
+        self.states = len(width)
+        self.state: Int[Tensor, " pairs"] = torch.arange(self.states).repeat_interleave(width).to(mdp.initial.device)
+        self.mass = objective.pair_mass()
+        self.is_linear = isinstance(parametrisation, Tabular) and mdp.is_deterministic
+        pairs = torch.arange(len(self.state), device=self.state.device)
+        self.support = parametrisation.free if isinstance(parametrisation, Tabular) else pairs
+        """The pairs whose logits change; of one state, all those that exist or none."""
+        self.matrix: Float[Tensor, "support support"] | None = None
+        if max(parametrisation.size, len(pairs)) <= DENSE_LIMIT:
+            self.matrix = objective.moment_matrix()[self.support[:, None], self.support]
+
+    def policy(self, theta: Parameters) -> Float[Tensor, "seeds pairs"]:
+        """``π_θ`` over all pairs; 0 where ``D`` is the identity: in the first layer, or everywhere."""
+        if self.is_linear:
+            return theta.new_zeros(len(theta), len(self.state))
+        tables = [
+            soft_policy(torch.where(valid, table, -torch.inf)).exp()
+            for table, valid in zip(self.parametrisation.logits(theta), self.objective.mdp.valid, strict=True)
         ]
-    )
+        return flatten_tables((torch.zeros_like(tables[0]), *tables[1:]))
+
+    def _state_sum(self, x: Pairs) -> Pairs:
+        """The sum over all pairs of the same state, at every pair."""
+        total = x.new_zeros(*x.shape[:-1], self.states).index_add(-1, self.state, x)
+        return total.gather(-1, self.state.expand(x.shape))
+
+    def product(self, theta: Parameters, policy: Pairs, direction: Parameters) -> Parameters:
+        """``A v`` by one backward and one forward sweep."""
+        change = self.parametrisation.derivative(theta, direction)
+        flow = self.objective.moment_product(change - self._state_sum(policy * change))
+        return self.parametrisation.adjoint(theta, flow - policy * self._state_sum(flow))
+
+    def diagonal(self, theta: Parameters, policy: Pairs) -> Parameters:
+        """The diagonal of ``A``; for tables without a product, since the pairs of one state exclude each other."""
+        if isinstance(self.parametrisation, Tabular):
+            mass = self.mass.expand(policy.shape)
+            others = (self._state_sum(mass) - mass).clamp(min=0.0)
+            return self.parametrisation.adjoint(theta, mass * (1 - policy).square() + others * policy.square())
+        squares = []
+        for columns in self.parametrisation.jacobian(theta).split(_at_once(policy.numel()), dim=-1):
+            change = columns.mT - self._state_sum(policy.unsqueeze(-2) * columns.mT)
+            squares.append((change * self.objective.moment_product(change)).sum(-1))
+        return torch.cat(squares, dim=-1)
+
+    def dense(self, theta: Parameters, policy: Pairs) -> Float[Tensor, "seeds parameters parameters"]:
+        """``A`` itself; up to ``DENSE_LIMIT``."""
+        assert self.matrix is not None
+        if self.is_linear:
+            return self.matrix.expand(len(theta), -1, -1)
+        weight, state = policy[:, self.support].unsqueeze(-1), self.state[self.support]
+        a = self.matrix.expand(len(theta), -1, -1)
+        for _ in range(2):  # Dᵀ from the left of M, then from the left of (DᵀM)ᵀ
+            total = a.new_zeros(len(theta), self.states, a.shape[-1]).index_add(-2, state, a)
+            a = (a - weight * total.index_select(-2, state)).mT
+        if isinstance(self.parametrisation, Tabular):
+            a = a.contiguous()
+            a.diagonal(dim1=-2, dim2=-1).copy_(self.diagonal(theta, policy))  # does not cancel
+            return a
+        jacobian = self.parametrisation.jacobian(theta)
+        return jacobian.mT @ a @ jacobian
+
+
+def _at_once(size: int) -> int:
+    """How many pieces of this size are handled at once."""
+    return max(1, _ENTRIES_AT_ONCE // size)
+
+
+def _damped_step(
+    metric: _Metric, theta: Parameters, gradient: Parameters, damping: Seeds, precision: Seeds
+) -> Parameters:
+    """``-(A + λ diag A)⁻¹ g`` in the scaling that makes ``diag A = 1``; parameters without data stay put.
+
+    A system that cannot be solved gives no step, and what is left of the precision is lost on the loss test.
+    """
+    solve = _by_conjugate_gradients if metric.matrix is None else _by_factorisation
+    at_once = len(theta) if metric.matrix is None else _at_once(theta.shape[-1] ** 2)
+    batches = zip(*(column.split(at_once) for column in (theta, gradient, damping, precision)), strict=True)
+    step = torch.cat([solve(metric, *batch) for batch in batches])
+    usable = (step.abs() <= _LARGEST_STEP).all(-1, keepdim=True)  # False where it is NaN, too
+    return torch.where(usable, step, 0.0)
+
+
+def _by_factorisation(
+    metric: _Metric, theta: Parameters, gradient: Parameters, damping: Seeds, precision: Seeds
+) -> Parameters:
+    matrix = metric.dense(theta, metric.policy(theta))
+    scale = _inverse_root(matrix.diagonal(dim1=-2, dim2=-1))
+    matrix = matrix * scale.unsqueeze(-1) * scale.unsqueeze(-2)
+    matrix.diagonal(dim1=-2, dim2=-1).copy_((1 + damping).unsqueeze(-1).expand_as(scale))
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    step = -scale * torch.cholesky_solve((scale * gradient).unsqueeze(-1), factor).squeeze(-1)
+    return torch.where((failed == 0).unsqueeze(-1), step, 0.0)
+
+
+def _by_conjugate_gradients(
+    metric: _Metric, theta: Parameters, gradient: Parameters, damping: Seeds, precision: Seeds
+) -> Parameters:
+    policy = metric.policy(theta)
+    scale = _inverse_root(metric.diagonal(theta, policy))
+
+    def multiply(x: Parameters) -> Parameters:
+        return scale * metric.product(theta, policy, scale * x) + damping.unsqueeze(-1) * x
+
+    return -scale * conjugate_gradients(multiply, scale * gradient, precision, most_products=_MOST_PRODUCTS)
 
 
 def _inverse_root(diagonal: Tensor) -> Tensor:
@@ -183,26 +257,36 @@ def _inverse_root(diagonal: Tensor) -> Tensor:
     return torch.where(diagonal > floor, diagonal.clamp(min=1e-300).rsqrt(), 0.0)
 
 
-def _conjugate_gradients(
-    metric: _Metric, theta: Parameters, policy: Tensor, scale: Tensor, gradient: Tensor, damping: Tensor
-) -> Tensor:
-    def multiply(x: NDArray[np.float64]) -> NDArray[np.float64]:
-        direction = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float64)).to(scale.device)
-        product = metric.product(theta, policy, (scale * direction).unsqueeze(0)).squeeze(0)
-        return (scale * product + damping * direction).cpu().numpy()
+def conjugate_gradients(
+    multiply: Callable[[Parameters], Parameters], target: Parameters, precision: Seeds, *, most_products: int
+) -> Parameters:
+    """``x`` with ``‖B x - b‖ <= precision · ‖b‖`` for a positive definite ``B``, one system for each seed (Hestenes, Stiefel 1952)."""
+    x, residual, direction = torch.zeros_like(target), target, target
+    square = target.square().sum(-1)
+    goal = precision.square() * square
+    for _ in range(most_products):
+        unfinished = square > goal
+        if not bool(unfinished.any()):
+            break
+        product = multiply(direction)
+        curvature = (direction * product).sum(-1)
+        length = torch.where(unfinished & (curvature > 0), square / curvature, 0.0).unsqueeze(-1)
+        x, residual = x + length * direction, residual - length * product
+        new_square = residual.square().sum(-1)
+        ratio = torch.where(square > 0, new_square / square, 0.0).unsqueeze(-1)
+        direction, square = residual + ratio * direction, new_square
+    return x
 
-    size = len(scale)
-    operator = scipy.sparse.linalg.LinearOperator((size, size), matvec=multiply, dtype=np.float64)
-    solution, _ = scipy.sparse.linalg.cg(operator, (scale * gradient).cpu().numpy(), rtol=1e-10, maxiter=2 * size)
-    return torch.from_numpy(solution).to(scale.device)
+
+# -- the exact minimiser (I14) ---------------------------------------------------------------------------------
 
 
 def least_squares_plan(objective: SampleObjective) -> PerLayerStateAction:
     """The exact global minimiser of the tabular TBRM loss on a data set, for any returns (theory.md I14).
 
-    One sparse least-squares fit of ``y/β + log π_ref`` by additive functions ``Σ_h g_h(s_h,a_h)``, the one of least norm, and one
-    soft backward sweep of ``g``: logits ``g_h + V_{h+1}(next)``, ``V_h = logsumexp``. Where the data do not identify the reward,
-    ``g`` is the least-norm choice and ``π_θ`` is whatever follows from it.
+    One sparse least-squares fit of ``y/β + log π_ref`` by additive functions ``Σ_h g_h(s_h,a_h)``, and one soft backward sweep of
+    ``g``. Where the data do not identify the reward, ``g`` is the fit of least norm, each pair weighted by its share of the data;
+    it is 0 on pairs without data, and ``π_θ`` is whatever follows from that.
 
     Raises:
         InvalidInputError: stochastic transitions, for which additive functions and logits do not correspond.
@@ -210,20 +294,13 @@ def least_squares_plan(objective: SampleObjective) -> PerLayerStateAction:
     mdp = objective.mdp
     if not mdp.is_deterministic:
         raise InvalidInputError("mdp", "expected deterministic transitions")
-    pairs = objective.features
-    logs = np.where(np.isfinite(reference := flatten_tables(mdp.log_reference).cpu().numpy()), reference, 0.0)
-    target = objective.returns.cpu().numpy() / mdp.beta.item() + pairs @ logs
-    root = np.sqrt(objective._weights.cpu().numpy())
+    visits = objective.features
+    log_reference = flatten_tables(mdp.log_reference).cpu().numpy()
+    target = objective.returns.cpu().numpy() / mdp.beta.item() + visits @ np.where(
+        np.isfinite(log_reference), log_reference, 0.0
+    )
+    root = np.sqrt(objective.trajectory_weights.cpu().numpy())
     scale = 1 / np.sqrt(np.maximum(objective.pair_mass().cpu().numpy(), np.finfo(float).tiny))
-    design = pairs.multiply(root[:, None]).multiply(scale[None, :]).tocsr()
+    design = (scipy.sparse.diags_array(root) @ visits @ scipy.sparse.diags_array(scale)).tocsr()
     fit = scipy.sparse.linalg.lsmr(design, root * target, atol=0.0, btol=0.0, conlim=0.0, maxiter=10 * design.shape[1])
     return soft_plan(mdp, unflatten_tables(mdp, torch.from_numpy(scale * fit[0]).to(mdp.initial.device)))
-
-
-def soft_plan(mdp: RegularizedMDP, g: PerLayerStateAction) -> PerLayerStateAction:
-    """The soft backward pass of an additive function: ``Σ_h g_h = V_θ(s_1) + log π_θ(τ)`` for the returned logits (I14)."""
-    logits: list[Tensor] = [torch.where(mdp.valid[-1], g[-1], -torch.inf)]
-    for h in range(mdp.horizon - 2, -1, -1):
-        following = mdp.transitions[h].expect(soft_value(logits[-1]))
-        logits.append(torch.where(mdp.valid[h], g[h] + following, -torch.inf))
-    return tuple(reversed(logits))

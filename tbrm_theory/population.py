@@ -3,24 +3,38 @@
 The TBRM residual is additive along a trajectory, ``f = Σ_h u_h(s_h,a_h)`` with ``u_1 = logit - R_β`` and
 ``u_h = log π_θ - R_β`` later. So for Markov data one backward sweep of the conditional mean and variance of ``Σ_{k≥h} u_k`` gives
 ``E_μ f²`` as a sum of squares: the raw second moment would cancel near 1e-17 and go negative. A mixture's loss is the weighted sum
-over its components. Everything is differentiable in the logits and batched.
+over its components; other behaviour is enumerated. Everything is differentiable in the logits and batched.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tbrm_theory.behaviours import Behaviour, MarkovBehaviour
 from tbrm_theory.dynamic_programming import admissible_logits, check_policy, soft_policy, soft_value, solve
 from tbrm_theory.errors import InvalidInputError
+from tbrm_theory.losses import brm_residual, tbrm_residual
 from tbrm_theory.mdp import RegularizedMDP
-from tbrm_theory.occupancy import Occupancy, occupancy
+from tbrm_theory.occupancy import Enumeration, Occupancy, enumerate_trajectories, occupancy
+from tbrm_theory.scores import table_scores
 from tbrm_theory.shapes import PerLayerStateAction, Scalars, StateTable
+from tbrm_theory.tables import ROW_SUM_TOLERANCE
+from tbrm_theory.trajectories import TrajectoryBatch
 
-__all__ = ["AdditiveMoments", "additive_moments", "noise_floor", "population_loss", "residual_terms"]
+__all__ = [
+    "LOSSES",
+    "AdditiveMoments",
+    "additive_moments",
+    "noise_floor",
+    "population_loss",
+    "residual_terms",
+    "soft_plan",
+]
 
 LOSSES = ("tbrm", "brm")
 
@@ -33,6 +47,19 @@ def residual_terms(mdp: RegularizedMDP, logits: PerLayerStateAction) -> PerLayer
         torch.where(valid, torch.where(valid, table, 0.0) - torch.where(valid, reward, 0.0), 0.0)
         for valid, table, reward in zip(mdp.valid, own, mdp.regularized_reward, strict=True)
     )
+
+
+def soft_plan(mdp: RegularizedMDP, g: PerLayerStateAction) -> PerLayerStateAction:
+    """The logits with ``V_θ(s_1) + log π_θ(τ) = Σ_h g_h(s_h,a_h)`` on deterministic transitions (I14).
+
+    They are the soft backward pass of ``g``: ``g_h + E V_{h+1}`` with ``V_h = logsumexp``, and ``-inf`` for actions that do not
+    exist, whatever ``g`` holds there.
+    """
+    logits: list[Tensor] = [torch.where(mdp.valid[-1], g[-1], -torch.inf)]
+    for h in reversed(range(mdp.horizon - 1)):
+        following = mdp.transitions[h].expect(soft_value(logits[-1]))
+        logits.append(torch.where(mdp.valid[h], g[h] + following, -torch.inf))
+    return tuple(reversed(logits))
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,16 +78,18 @@ def additive_moments(
     Backwards over layers: ``m_h(s) = E_{a,s'}[u_h + m_{h+1}(s')]`` and
     ``v_h(s) = E_{a,s'}[(u_h + m_{h+1}(s') - m_h(s))² + v_{h+1}(s')]``.
     """
-    mean = variance = tables[-1].new_zeros(())  # nothing follows the last layer
-    for h in range(mdp.horizon - 1, -1, -1):
-        probability, pair_mean = log_policy[h].exp(), tables[h]
-        pair_variance = torch.zeros_like(pair_mean)
-        if h < mdp.horizon - 1:
-            kernel = mdp.transitions[h]
-            pair_mean = pair_mean + kernel.expect(mean)
-            pair_variance = kernel.expect(variance) + kernel.variance(mean)
+
+    def over_actions(log: Tensor, pair_mean: Tensor, pair_variance: Tensor) -> tuple[Tensor, Tensor]:
+        probability = log.exp()
         mean = (probability * pair_mean).sum(-1)
         variance = (probability * ((pair_mean - mean.unsqueeze(-1)).square() + pair_variance)).sum(-1)
+        return mean, variance
+
+    mean, variance = over_actions(log_policy[-1], tables[-1], torch.zeros_like(tables[-1]))
+    for h in reversed(range(mdp.horizon - 1)):
+        kernel = mdp.transitions[h]
+        pair_mean, pair_variance = tables[h] + kernel.expect(mean), kernel.expect(variance) + kernel.variance(mean)
+        mean, variance = over_actions(log_policy[h], pair_mean, pair_variance)
     return AdditiveMoments(mean, variance)
 
 
@@ -81,62 +110,110 @@ def population_loss(
         ``inf`` if the behaviour takes actions that do not exist.
 
     Raises:
-        InvalidInputError: an unknown loss, or a behaviour whose tables are no policies of this problem.
+        InvalidInputError: an unknown loss, or a behaviour neither Markov nor a mixture whose trajectories are too many to list.
     """
     if loss not in LOSSES:
         raise InvalidInputError("loss", f"expected one of {', '.join(LOSSES)}, found {loss!r}")
     if isinstance(behaviour, tuple):
         behaviour = MarkovBehaviour(behaviour)
-    markov_loss = _markov_tbrm if loss == "tbrm" else _markov_brm
-    terms = []
-    for weight, log_policy in behaviour.components:
-        check_policy(mdp, log_policy, "behaviour")
-        if weight > 0:
-            d = occupancy(mdp, log_policy)
-            value = markov_loss(mdp, logits, log_policy, d)
-            terms.append(weight * torch.where(_forbidden(mdp, d), torch.inf, value))
-    return torch.stack(torch.broadcast_tensors(*terms)).sum(0)
+    if behaviour.components is None:
+        listed = enumerate_trajectories(mdp)
+        return _listed_mean(mdp, behaviour, listed, _listed_squares(mdp, logits, listed, loss))
+    squares = _markov_tbrm if loss == "tbrm" else _markov_brm
+    return _mixed(mdp, behaviour, lambda log_policy, d: squares(mdp, logits, log_policy, d))
 
 
 def noise_floor(mdp: RegularizedMDP, behaviour: Behaviour | PerLayerStateAction) -> Scalars:
-    """``L_μ(θ*) = Σ_h E_μ Var(V*(s_{h+1}) | s_h,a_h)``, TBRM's loss at the optimum (I7); 0 if deterministic."""
+    """``L_μ(θ*) = Σ_h E_μ Var(V*(s_{h+1}) | s_h,a_h)``, TBRM's loss at the optimum (I7); 0 if deterministic, ``(…)``.
+
+    Returns:
+        ``inf`` if the behaviour takes actions that do not exist.
+    """
+    v = solve(mdp).v
+    spread = (
+        *(kernel.variance(value) for kernel, value in zip(mdp.transitions, v[1:], strict=True)),
+        torch.zeros_like(mdp.reward[-1]),
+    )
     if isinstance(behaviour, tuple):
         behaviour = MarkovBehaviour(behaviour)
-    v = solve(mdp).v
-    total = torch.zeros_like(mdp.beta)
-    for weight, log_policy in behaviour.components:
-        d = occupancy(mdp, log_policy).state_action
-        for kernel, mass, value in zip(mdp.transitions, d, v[1:], strict=False):
-            total = total + weight * (mass * kernel.variance(value)).sum((-2, -1))
-    return total
+    if behaviour.components is None:
+        listed = enumerate_trajectories(mdp)
+        return _listed_mean(mdp, behaviour, listed, listed.sum_along(spread))
+    return _mixed(mdp, behaviour, lambda _, d: _expected_sum(d, spread))
 
 
-def _forbidden(mdp: RegularizedMDP, d: Occupancy) -> Tensor:
-    """Whether actions that do not exist are ever taken, ``(…)``."""
+# -- Markov policies and mixtures of them ----------------------------------------------------------------------
+
+
+def _mixed(
+    mdp: RegularizedMDP, behaviour: Behaviour, expected: Callable[[PerLayerStateAction, Occupancy], Tensor]
+) -> Scalars:
+    """The weighted sum of ``expected(log_policy, occupancy)`` over the components; ``inf`` with non-existent actions."""
+    terms = []
+    for weight, log_policy in behaviour.components or []:
+        check_policy(mdp, log_policy, "behaviour")
+        if weight > 0:
+            d = occupancy(mdp, log_policy)
+            terms.append(weight * torch.where(_forbidden(mdp, d), torch.inf, expected(log_policy, d)))
+    return _sum(terms)
+
+
+def _forbidden(mdp: RegularizedMDP, d: Occupancy) -> Bool[Tensor, "..."]:
+    """Whether actions that do not exist are ever taken."""
     layers = [((mass > 0) & ~valid).flatten(-2).any(-1) for mass, valid in zip(d.state_action, mdp.valid, strict=True)]
     return torch.stack(torch.broadcast_tensors(*layers)).any(0)
 
 
+def _sum(terms: list[Tensor]) -> Tensor:
+    return torch.stack(torch.broadcast_tensors(*terms)).sum(0)
+
+
+def _expected_sum(d: Occupancy, tables: PerLayerStateAction) -> Scalars:
+    """``E_μ Σ_h g_h(s_h,a_h)``."""
+    return _sum([(mass * table).sum((-2, -1)) for mass, table in zip(d.state_action, tables, strict=True)])
+
+
 def _markov_tbrm(
     mdp: RegularizedMDP, logits: PerLayerStateAction, log_policy: PerLayerStateAction, d: Occupancy
-) -> Tensor:
+) -> Scalars:
+    """``E_ρ[m_1² + v_1]`` (I11)."""
     moments = additive_moments(mdp, residual_terms(mdp, logits), log_policy)
     return (mdp.initial * (moments.mean.square() + moments.variance)).sum(-1)
 
 
 def _markov_brm(
     mdp: RegularizedMDP, logits: PerLayerStateAction, log_policy: PerLayerStateAction, d: Occupancy
-) -> Tensor:
+) -> Scalars:
     """``Σ_h E_μ[(logit - R_β - E V(s'))² + Var V(s')]``: bias and noise of the sampled residual."""
     q = admissible_logits(mdp, logits)
-    total = torch.zeros_like(mdp.beta)
+    squares = []
     for h, (table, valid, reward) in enumerate(zip(q, mdp.valid, mdp.regularized_reward, strict=True)):
         residual = torch.where(valid, table, 0.0) - torch.where(valid, reward, 0.0)
-        spread = torch.zeros_like(residual)
-        if h < mdp.horizon - 1:
-            value = soft_value(q[h + 1])
-            residual = residual - mdp.transitions[h].expect(value)
-            spread = mdp.transitions[h].variance(value)
-        mass = torch.where(valid, d.state_action[h], 0.0)
-        total = total + (mass * (residual.square() + spread)).sum((-2, -1))
-    return total
+        if h == mdp.horizon - 1:
+            squares.append(residual.square())
+        else:
+            kernel, value = mdp.transitions[h], soft_value(q[h + 1])
+            squares.append((residual - kernel.expect(value)).square() + kernel.variance(value))
+    return _expected_sum(d, tuple(squares))
+
+
+# -- other behaviour, by listing all trajectories --------------------------------------------------------------
+
+
+def _listed_squares(
+    mdp: RegularizedMDP, logits: PerLayerStateAction, listed: Enumeration, loss: str
+) -> Float[Tensor, "... trajectories"]:
+    batch = TrajectoryBatch(listed.states, listed.actions, torch.ones_like(listed.states, dtype=torch.bool))
+    scores = table_scores(admissible_logits(mdp, logits), mdp.log_reference, mdp.reward, batch)
+    if loss == "tbrm":
+        return tbrm_residual(scores, beta=mdp.beta).square()
+    return brm_residual(scores, beta=mdp.beta).square().sum(-1)
+
+
+def _listed_mean(
+    mdp: RegularizedMDP, behaviour: Behaviour, listed: Enumeration, values: Float[Tensor, "... trajectories"]
+) -> Scalars:
+    """``E_μ`` of what is listed; ``inf`` if ``μ`` also does what is not, that is, takes non-existent actions."""
+    law = behaviour.log_law(mdp, listed).exp()
+    complete = (law.sum(-1) - 1).abs() <= mdp.horizon * ROW_SUM_TOLERANCE
+    return torch.where(complete, (law * values).sum(-1), torch.inf)

@@ -1,6 +1,7 @@
 """From tables of logits to :class:`TrajectoryScores`, and nothing of the problem beyond plain tensors.
 
-All layers are laid side by side, so one gather reads what a batch of trajectories of any horizon needs.
+All layers are laid side by side, so one gather reads what a batch of trajectories needs. Batch dimensions of tables and of
+trajectories broadcast.
 """
 
 from __future__ import annotations
@@ -9,33 +10,56 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.losses import TrajectoryScores
 from tbrm_theory.occupancy import flatten_tables
-from tbrm_theory.shapes import PerLayerState, PerLayerStateAction, StateActionTable
-from tbrm_theory.tables import side_by_side
+from tbrm_theory.shapes import PerLayerStateAction, StateActionTable
+from tbrm_theory.tables import first_index, side_by_side
 from tbrm_theory.trajectories import TrajectoryBatch
 
 __all__ = ["pair_index", "table_scores"]
 
 
 def pair_index(tables: PerLayerStateAction, trajectories: TrajectoryBatch) -> Int[Tensor, "... trajectories steps"]:
-    """Position of every ``(h, s_h, a_h)`` in ``flatten_tables(tables)``."""
-    sizes = [table.shape[-2:] for table in tables]
-    device = trajectories.states.device
-    start = torch.tensor([0] + [size.numel() for size in sizes[:-1]], device=device).cumsum(0)
-    width = torch.tensor([size[1] for size in sizes], device=device)
-    return start + width * trajectories.states + trajectories.actions
+    """Position of every ``(h, s_h, a_h)`` in ``flatten_tables(tables)``.
+
+    Raises:
+        InvalidInputError: trajectories of another horizon, or an index outside its layer, padding included.
+    """
+    states, actions = _sizes(tables, trajectories)
+    _check_indices("states", trajectories.states, states)
+    _check_indices("actions", trajectories.actions, actions)
+    return _starts(states * actions) + actions * trajectories.states + trajectories.actions
 
 
-def _state_index(tables: PerLayerState, trajectories: TrajectoryBatch) -> Int[Tensor, "... trajectories steps"]:
-    sizes = [0] + [table.shape[-1] for table in tables[:-1]]
-    return torch.tensor(sizes, device=trajectories.states.device).cumsum(0) + trajectories.states
+def _sizes(tables: PerLayerStateAction, trajectories: TrajectoryBatch) -> Int[Tensor, "2 steps"]:
+    """``S_h`` and ``A_h`` of every layer."""
+    steps = trajectories.states.shape[-1]
+    if steps != len(tables):
+        raise InvalidInputError("trajectories", f"expected {len(tables)} steps, one for each layer, found {steps}")
+    return torch.tensor([table.shape[-2:] for table in tables], device=trajectories.states.device).T
 
 
-def _read(flat: Float[Tensor, "... cells"], index: Int[Tensor, "... trajectories steps"]) -> Tensor:
+def _starts(sizes: Int[Tensor, " steps"]) -> Int[Tensor, " steps"]:
+    """Where each layer begins when pieces of these sizes are laid side by side."""
+    return sizes.cumsum(0) - sizes
+
+
+def _check_indices(field: str, index: Int[Tensor, "... trajectories steps"], sizes: Int[Tensor, " steps"]) -> None:
+    """An index outside its layer would silently read another one."""
+    outside = (index < 0) | (index >= sizes)
+    if bool(outside.any()):
+        largest = sizes.expand_as(index)[outside][0].item() - 1
+        raise InvalidInputError(
+            f"trajectories.{field}{first_index(outside)}",
+            f"expected an index from 0 to {largest}, found {index[outside][0].item()}",
+        )
+
+
+def _read(
+    flat: Float[Tensor, "... cells"], index: Int[Tensor, "... trajectories steps"]
+) -> Float[Tensor, "... trajectories steps"]:
     """``flat[…, index]``, batch dimensions broadcast."""
-    if index.dim() == 2:
-        return flat[..., index]
     batch = torch.broadcast_shapes(flat.shape[:-1], index.shape[:-2])
     cells = index.expand(*batch, *index.shape[-2:]).flatten(-2)
     return flat.expand(*batch, flat.shape[-1]).gather(-1, cells).unflatten(-1, index.shape[-2:])
@@ -59,23 +83,30 @@ def table_scores(
         trajectory_return: observed returns when they are not the sum of the rewards (noisy ones).
         reference_first_logits: first-layer logits of the reference model, for ReVal.
         frozen_first_logits: first-layer logits at frozen parameters, for the iterative variant.
+
+    Raises:
+        InvalidInputError: tables or trajectories that do not fit together, or an index outside its layer.
     """
-    q = tuple(
-        torch.where(log > -torch.inf, table, -torch.inf) for table, log in zip(logits, log_reference, strict=True)
-    )
-    v = tuple(torch.logsumexp(table, dim=-1) for table in q)
+    _check_tables(logits, log_reference, reward)
+    pairs = pair_index(log_reference, trajectories)
+    states = _starts(_sizes(log_reference, trajectories)[0]) + trajectories.states
+    first_states, first_pairs = states[..., :1], pairs[..., :1]
+
+    def admitted(table: StateActionTable, log: StateActionTable) -> StateActionTable:
+        return torch.where(log > -torch.inf, table, -torch.inf)
+
+    q = [admitted(table, log) for table, log in zip(logits, log_reference, strict=True)]
+    v = [torch.logsumexp(table, dim=-1) for table in q]
     log_policy = tuple(table - value.unsqueeze(-1) for table, value in zip(q, v, strict=True))
-    pairs, first_states = pair_index(log_reference, trajectories), trajectories.states[..., :1]
-    value = _read(side_by_side(v), _state_index(v, trajectories))
+    value = _read(side_by_side(v), states)
     step_reward = _read(flatten_tables(reward), pairs)
     if trajectory_return is None:
         trajectory_return = torch.where(trajectories.mask, step_reward, 0.0).sum(-1)
 
-    def initial_value(table: StateActionTable | None, reference: StateActionTable) -> Tensor | None:
+    def initial_value(table: StateActionTable | None) -> Float[Tensor, "... trajectories"] | None:
         if table is None:
             return None
-        masked = torch.where(reference > -torch.inf, table, -torch.inf)
-        return _read(torch.logsumexp(masked, dim=-1), first_states).squeeze(-1)
+        return _read(torch.logsumexp(admitted(table, log_reference[0]), dim=-1), first_states).squeeze(-1)
 
     return TrajectoryScores(
         log_policy=_read(flatten_tables(log_policy), pairs),
@@ -83,9 +114,21 @@ def table_scores(
         mask=trajectories.mask,
         initial_value=value[..., 0],
         trajectory_return=trajectory_return,
-        first_logit=_read(q[0].flatten(-2), pairs[..., :1]).squeeze(-1),
+        first_logit=_read(q[0].flatten(-2), first_pairs).squeeze(-1),
         value=value,
         reward=step_reward,
-        reference_initial_value=initial_value(reference_first_logits, log_reference[0]),
-        frozen_initial_value=initial_value(frozen_first_logits, log_reference[0]),
+        reference_initial_value=initial_value(reference_first_logits),
+        frozen_initial_value=initial_value(frozen_first_logits),
     )
+
+
+def _check_tables(logits: PerLayerStateAction, log_reference: PerLayerStateAction, reward: PerLayerStateAction) -> None:
+    for name, tables in (("logits", logits), ("reward", reward)):
+        if len(tables) != len(log_reference):
+            raise InvalidInputError(name, f"expected {len(log_reference)} layers, found {len(tables)}")
+        for h, (table, log) in enumerate(zip(tables, log_reference, strict=True)):
+            if table.shape[-2:] != log.shape[-2:]:
+                raise InvalidInputError(
+                    f"{name}[{h}]",
+                    f"expected (states, actions) = {tuple(log.shape[-2:])}, found {tuple(table.shape[-2:])}",
+                )

@@ -8,6 +8,7 @@ refused with its layer and index.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -29,6 +30,7 @@ __all__ = [
 ROW_SUM_TOLERANCE = 1e-9
 LARGEST = 1e100
 """No input is larger in magnitude: sums of squares over any horizon stay finite, ``∞ - ∞`` never arises."""
+_Derived = TypeVar("_Derived")
 _EXACT_SUM = 8 * torch.finfo(torch.float64).eps  # a sum this close to 1 differs from it by rounding alone
 
 
@@ -85,15 +87,15 @@ def safe_log(probability: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return torch.where(positive, torch.where(positive, probability, 1.0).log(), -torch.inf)
 
 
-def per_distinct_layer(function: Callable[..., Tensor], *columns: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """``function`` on each layer's tensors, once for layers that share the very same tensors.
+def per_distinct_layer(function: Callable[..., _Derived], *columns: Sequence[Any]) -> tuple[_Derived, ...]:
+    """``function`` on each layer's tables or kernels, once for layers that share the very same ones.
 
     A process unrolled over 10⁴ steps has one table in memory, not 10⁴; what is derived from it keeps that.
     """
-    done: dict[tuple[int, ...], Tensor] = {}
+    done: dict[tuple[int, ...], _Derived] = {}
     result = []
     for layer in zip(*columns, strict=True):
-        key = tuple(id(tensor) for tensor in layer)
+        key = tuple(id(part) for part in layer)
         if key not in done:
             done[key] = function(*layer)
         result.append(done[key])

@@ -1,7 +1,7 @@
-"""What holds for every test: shapes are checked at run time, Hypothesis is deterministic, global state is left alone.
+"""What holds for every test: shapes are checked, Hypothesis is deterministic, global state is left alone.
 
-Tests ask for float64 explicitly and draw from explicit generators, as the package does; the fixture at the end fails one that
-does not. `HYPOTHESIS_PROFILE=thorough pytest` searches longer, and differently each time.
+Tests ask for float64 explicitly and draw from explicit generators, as the package does; the fixture at the end
+fails one that does not. ``HYPOTHESIS_PROFILE=thorough`` searches longer, and differently each time.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import pytest
 import torch
 
 if "tbrm_theory" in sys.modules:
-    raise RuntimeError("tbrm_theory was imported before its shapes could be checked; import it after conftest.py")
+    raise RuntimeError("tbrm_theory was imported before conftest.py could have its shapes checked")
 
-# beartype checks one element of a tuple, picked with Python's global generator. It gets one of its own: then the pick can be
-# repeated, and the fixture below sees only what the package draws.
+# beartype checks one element of a tuple, picked with Python's global generator. It gets one of its own: then the
+# pick can be repeated, and the fixture below sees only what the package draws.
 _picks = random.Random(0)
 _global_getrandbits = random.getrandbits
 random.getrandbits = _picks.getrandbits
@@ -33,31 +33,31 @@ try:
 finally:
     random.getrandbits = _global_getrandbits
 
-# Every function and dataclass of the package, from here on, checks its arguments and results against the annotations.
+# From here on every function and dataclass of the package checks arguments and results against its annotations.
 jaxtyping.install_import_hook("tbrm_theory", "beartype.beartype")
 
 # Time says nothing on a machine that others use: no deadline, and no complaint about slow generation.
-_timing = [hypothesis.HealthCheck.too_slow]
-hypothesis.settings.register_profile(
-    "default", max_examples=50, deadline=None, derandomize=True, print_blob=True, suppress_health_check=_timing
-)
-hypothesis.settings.register_profile(
-    "thorough", max_examples=2000, deadline=None, derandomize=False, print_blob=True, suppress_health_check=_timing
-)
+_settings: dict[str, Any] = {
+    "deadline": None,
+    "print_blob": True,
+    "suppress_health_check": [hypothesis.HealthCheck.too_slow],
+}
+hypothesis.settings.register_profile("default", max_examples=50, derandomize=True, **_settings)
+hypothesis.settings.register_profile("thorough", max_examples=2000, derandomize=False, **_settings)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 @pytest.fixture(autouse=True)
-def _global_state_untouched(request: pytest.FixtureRequest) -> Iterator[None]:
+def _global_state_untouched() -> Iterator[None]:
     """Fails a test that drew from a global random state, seeded one, or changed a global setting of torch.
 
-    Hypothesis reseeds and restores Python's and NumPy's states around each example, so inside ``@given`` only torch's state
-    is guarded here; ``test_architecture.py`` finds the two others in the package's source.
+    Hypothesis reseeds and restores Python's and NumPy's states around each example, so inside ``@given`` only
+    torch's state is guarded here; ``test_architecture.py`` finds the other two in the package's source.
     """
     _picks.seed(0)  # a test's picks depend on the test alone, not on what ran before it
     dtype, gradients = torch.get_default_dtype(), torch.is_grad_enabled()
     torch_state = torch.random.get_rng_state()
-    numpy_state, python_state = np.random.get_state(legacy=False), random.getstate()  # noqa: NPY002
+    numpy_state, python_state = _numpy_state(), random.getstate()
     yield
     touched = []
     if torch.get_default_dtype() != dtype:
@@ -67,22 +67,16 @@ def _global_state_untouched(request: pytest.FixtureRequest) -> Iterator[None]:
         torch.set_grad_enabled(gradients)
         touched.append("switched autograd off or on")
     if not torch.equal(torch.random.get_rng_state(), torch_state):
-        torch.random.set_rng_state(torch_state)
         touched.append("used torch's global random state")
-    if not _same_numpy_state(np.random.get_state(legacy=False), numpy_state):  # noqa: NPY002
-        np.random.set_state(numpy_state)  # noqa: NPY002
+    if _numpy_state() != numpy_state:
         touched.append("used NumPy's global random state")
     if random.getstate() != python_state:
-        random.setstate(python_state)
         touched.append("used Python's global random state")
     if touched:
-        pytest.fail(
-            f"{request.node.nodeid} {' and '.join(touched)}: pass an explicit generator, dtype or context",
-            pytrace=False,
-        )
+        message = f"the test {' and '.join(touched)}: pass an explicit generator or dtype"
+        pytest.fail(message, pytrace=False)
 
 
-def _same_numpy_state(left: dict[str, Any], right: dict[str, Any]) -> bool:
-    if left["has_gauss"] != right["has_gauss"] or left["gauss"] != right["gauss"]:
-        return False
-    return left["state"]["pos"] == right["state"]["pos"] and np.array_equal(left["state"]["key"], right["state"]["key"])
+def _numpy_state() -> tuple[bytes, int, int, float]:
+    state: dict[str, Any] = np.random.get_state(legacy=False)  # noqa: NPY002  (read, not used)
+    return state["state"]["key"].tobytes(), state["state"]["pos"], state["has_gauss"], state["gauss"]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from reference import PlainMDP
 from torch import Tensor
 
 from tbrm_theory.mdp import RegularizedMDP
 from tbrm_theory.transitions import Transition
+from tests.reference import PlainMDP
 
 
 def plain(mdp: RegularizedMDP, *index: int) -> PlainMDP:

@@ -19,63 +19,8 @@ from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.json_fields import Field, path_below, read_json, write_json
 from tbrm_theory.mdp import RegularizedMDP
 from tbrm_theory.transitions import DenseTransition, DeterministicTransition, SparseTransition
-
-# Every kind of transition, ragged layers, and actions that do not exist: action 2 of state 0 in layer 0 and
-# action 0 of state 1 in layer 2.
-DOCUMENT: dict[str, Any] = {
-    "format": "tbrm-instance",
-    "version": 1,
-    "beta": 0.5,
-    "initial": [0.25, 0.75],
-    "layers": [
-        {
-            "reward": [[0.0, 1.0, None], [-2.5]],
-            "reference": [[0.3, 0.7, 0.0], [1.0]],
-            "transition": {"kind": "deterministic", "next_state": [[0, 1, None], [1]]},
-        },
-        {
-            "reward": [[0.5, 0], [0.1, 0.2]],
-            "reference": [[0.5, 0.5], [0.9, 0.1]],
-            "transition": {
-                "kind": "sparse",
-                "state": [0, 0, 1, 1, 1, 0],
-                "action": [0, 1, 0, 1, 1, 0],
-                "next_state": [2, 1, 0, 0, 2, 1],
-                "probability": [0.2, 1.0, 1.0, 0.1, 0.9, 0.8],
-            },
-        },
-        {
-            "reward": [[1.0, 2.0], [9.0, 0.25], [0.0]],
-            "reference": [[0.5, 0.5], [0.0, 1.0], [1.0]],
-            "transition": {
-                "kind": "dense",
-                "probabilities": [[[0.1, 0.9], [1.0, 0.0]], [None, [0.5, 0.5]], [[0.25, 0.75]]],
-            },
-        },
-        {"reward": [[1.0], [2.0, 3.0, 4.0]], "reference": [[1.0], [0.2, 0.3, 0.5]], "transition": None},
-    ],
-}
-
-
-class _Absent:
-    def __repr__(self) -> str:  # names the test alike in every process
-        return "absent"
-
-
-REMOVED = _Absent()
-
-
-def changed(document: dict[str, Any], keys: tuple[str | int, ...], value: Any) -> dict[str, Any]:
-    """A copy with the entry at ``keys`` replaced, removed, or, by a function, computed from the old one."""
-    result = copy.deepcopy(document)
-    parent: Any = result
-    for key in keys[:-1]:
-        parent = parent[key]
-    if value is REMOVED:
-        del parent[keys[-1]]
-    else:
-        parent[keys[-1]] = value(parent[keys[-1]]) if callable(value) else value
-    return result
+from tests.documents import PROBLEM as DOCUMENT
+from tests.documents import REMOVED, changed, longer, short_name, shorter
 
 
 def load_text(text: str | bytes, folder: Path) -> RegularizedMDP:
@@ -94,14 +39,6 @@ def layer(h: int, *keys: str | int) -> tuple[str | int, ...]:
 
 def transition(h: int, *keys: str | int) -> tuple[str | int, ...]:
     return layer(h, "transition", *keys)
-
-
-def longer(entries: list[Any]) -> list[Any]:
-    return [*entries, entries[-1]]
-
-
-def shorter(entries: list[Any]) -> list[Any]:
-    return entries[:-1]
 
 
 # -- reading -----------------------------------------------------------------------------------------------
@@ -473,9 +410,7 @@ MALFORMED: list[Malformed] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("keys", "value", "where", "words"), MALFORMED, ids=lambda part: getattr(part, "__name__", str(part))[:40]
-)
+@pytest.mark.parametrize(("keys", "value", "where", "words"), MALFORMED, ids=short_name)
 def test_a_malformed_field_is_refused_with_its_path_and_what_was_expected(
     keys: tuple[str | int, ...], value: Any, where: str, words: str, tmp_path: Path
 ) -> None:
@@ -620,7 +555,7 @@ def test_a_write_that_fails_leaves_the_old_file(call: str, tmp_path: Path, monke
     def fail(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(*((os, "fsync") if call == "fsync" else (Path, "replace")), fail)
+    monkeypatch.setattr(os if call == "fsync" else Path, call, fail)
     with pytest.raises(OSError, match="No space left"):
         problem().save(path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["case.json"]
@@ -765,7 +700,7 @@ def sparse(next_state: list[list[list[int]]], probability: list[list[list[float]
         ({"action_counts": [[1, 1], [1, 1]]}, "action_counts[0][0]", "expected a count from 2 to 2, found 1"),
         ({"action_counts": [[2, 0], [1, 1]]}, "action_counts[0][1]", "expected a count from 1 to 2, found 0"),
     ],
-    ids=lambda part: getattr(part, "__name__", str(part))[:40],
+    ids=short_name,
 )
 def test_malformed_tensors_are_refused_by_name(fields: dict[str, Any], where: str, words: str) -> None:
     with pytest.raises(InvalidInputError) as caught:
@@ -841,7 +776,7 @@ def test_layers_that_share_tensors_go_on_sharing_them() -> None:
         ({"transitions": [DenseTransition(torch.full((7, 2, 2, 2), 0.5))]}, (7,)),
         ({"transitions": [SparseTransition(torch.zeros(2, 2, 1).long(), torch.ones(7, 2, 2, 1), 2)]}, (7,)),
     ],
-    ids=lambda part: getattr(part, "__name__", str(part))[:40],
+    ids=short_name,
 )
 def test_batch_shape_is_what_all_tables_broadcast_to(fields: dict[str, Any], batch: tuple[int, ...]) -> None:
     assert problem(**fields).batch_shape == batch

@@ -45,7 +45,7 @@ def as_dense(kernel: Transition) -> Tensor:
     successors, probability = kernel.edges()
     full = torch.zeros(*probability.shape[:-1], NEXT, dtype=torch.float64)
     for index in itertools.product(*(range(size) for size in probability.shape)):
-        full[(*index[:-1], successors[index])] += probability[index]
+        full[index[:-1]][int(successors[index])] += probability[index]
     return full
 
 

@@ -1,0 +1,168 @@
+"""``tbrm verify``: claims over families as a table for people, a JSON file for programs, and an exit status.
+
+Status 0: every claim holds on all that was tried; 1: one is violated; 2: none is violated, and one was never exercised.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import rich.box
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from tbrm_theory.claims.registry import Claim, select
+from tbrm_theory.claims.verification import Outcome, Verdict, by_number, verify
+from tbrm_theory.errors import InvalidInputError
+from tbrm_theory.json_fields import write_json
+from tbrm_theory.results import plain_json
+
+__all__ = ["verify_command"]
+
+_PIPED_WIDTH = 190  # one line for each claim
+_COLOURS = {Verdict.HOLDS: "green", Verdict.VIOLATED: "bold red", Verdict.NOT_EXERCISED: "yellow"}
+
+
+def verify_command(
+    claims: Sequence[str] = (),
+    families: Sequence[str] = (),
+    instances: int = 200,
+    seed: int = 0,
+    json: Path | None = None,
+) -> int:
+    """Check claims, print one line for each, and return the exit status.
+
+    Args:
+        claims: ids, a number standing for all its parts; none for all claims.
+        families: names; none for all families.
+        json: file to write the outcomes to, atomically.
+
+    Raises:
+        InvalidInputError: an unknown claim or family, a number of instances below 1, or no folder for the file.
+    """
+    chosen = select(claims or None)
+    if json is not None and not json.resolve().parent.is_dir():
+        raise InvalidInputError("json", f"no folder {json.resolve().parent}")
+    with _one_thread(), _progress() as progress:
+        task = progress.add_task("checking claims", total=None)
+        outcomes = verify(
+            chosen,
+            families or None,
+            instances,
+            seed,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    if json is not None:
+        write_json(json, outcomes_as_json(chosen, outcomes))
+    console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPED_WIDTH, highlight=False)
+    console.print(_table(chosen, outcomes))
+    for claim in chosen:
+        _explain(console, claim, outcomes[claim.id])
+    return exit_status(outcomes.values())
+
+
+def exit_status(outcomes: Iterable[Outcome]) -> int:
+    verdicts = {outcome.verdict for outcome in outcomes}
+    if Verdict.VIOLATED in verdicts:
+        return 1
+    return 2 if Verdict.NOT_EXERCISED in verdicts else 0
+
+
+def outcomes_as_json(claims: Sequence[Claim], outcomes: dict[str, Outcome]) -> dict[str, Any]:
+    """``{claim id: {verdict, instances, skipped, worst_error, …, seed, seconds}}``, for every number and every part.
+
+    ``worst_error`` is relative to the size of the terms, ``bound`` what rounding explains, ``worst_ratio`` the largest left/right
+    of an inequality; ``family`` and ``seed`` reproduce that case. What does not apply is null.
+    """
+    everything = by_number(claims, outcomes) | outcomes
+    document = {}
+    for claim_id in sorted(everything, key=_in_order):
+        outcome, worst = everything[claim_id], everything[claim_id].worst
+        document[claim_id] = {
+            "verdict": str(outcome.verdict),
+            "instances": outcome.instances,
+            "skipped": outcome.skipped.total(),
+            "skip_reasons": dict(outcome.skipped),
+            "worst_error": worst.error if worst else None,
+            "bound": worst.bound if worst else None,
+            "worst_ratio": worst.ratio if worst else None,
+            "family": worst.family if worst else None,
+            "seed": worst.seed if worst else None,
+            "seconds": round(outcome.seconds, 3),
+        }
+    result: dict[str, Any] = plain_json(document)
+    return result
+
+
+def _in_order(claim_id: str) -> tuple[str, int, str]:
+    """``I2`` before ``I2.a`` before ``I10``."""
+    number, _, part = claim_id.partition(".")
+    return number[0], int(number[1:]), part
+
+
+# -- for people ----------------------------------------------------------------------------------------------------
+
+
+def _table(claims: Sequence[Claim], outcomes: dict[str, Outcome]) -> Table:
+    seconds = sum(outcome.seconds for outcome in outcomes.values())
+    title = (
+        f"{len(claims)} claims, {seconds:.0f} s; errors relative to the size of the terms, bounds from float64 rounding"
+    )
+    table = Table(title=title, title_justify="left", title_style="bold", box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("claim", "statement", "instances", "skipped", "worst error", "bound", "where", "verdict"):
+        right = column in ("instances", "worst error", "bound")
+        table.add_column(column, justify="right" if right else "left", overflow="fold")
+    for claim in claims:
+        outcome = outcomes[claim.id]
+        worst = outcome.worst
+        cells = [
+            claim.id,
+            claim.statement,
+            str(outcome.instances),
+            ", ".join(f"{count} {reason}" for reason, count in outcome.skipped.items()),
+            f"{worst.error:.1e}" if worst else "",
+            f"{worst.bound:.1e}" if worst else "",
+            f"{worst.family} {worst.seed}" if worst else "",
+        ]
+        verdict = Text(str(outcome.verdict), style=_COLOURS[outcome.verdict])
+        table.add_row(*(Text(cell) for cell in cells), verdict)
+    return table
+
+
+def _explain(console: Console, claim: Claim, outcome: Outcome) -> None:
+    worst = outcome.worst
+    if outcome.verdict is Verdict.VIOLATED and worst is not None:
+        again = f"tbrm verify --claims {claim.id} --families {worst.family} --seed {worst.seed} --instances 1"
+        found = (
+            f"{claim.id} is violated on {outcome.violations} of {outcome.instances} instances; see one with: {again}"
+        )
+        console.print(Text(found, style="bold red"))
+    elif outcome.verdict is Verdict.NOT_EXERCISED:
+        console.print(Text(f"{claim.id} was never exercised: these families have no problem within its assumptions"))
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A bar on a terminal's standard error, nothing elsewhere."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        yield progress
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The tables are small: more threads would wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
