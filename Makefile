@@ -13,7 +13,7 @@ LATEST := results/toy_convergence/latest
 export MPLBACKEND := Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help venv verify test figures experiments wheel constraints clean
+.PHONY: help venv verify test figures bench experiments wheel constraints clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -46,6 +46,9 @@ test: venv  ## lint, types, and the whole test suite with its coverage
 
 figures: venv  ## redraw every figure from the committed tables, running nothing
 	@set -e; for figure in paper_figs/fig_*.py; do $(RUN) "$$figure"; done
+
+bench: venv  ## measure the throughput of solving, sampling and minimising
+	$(RUN) experiments/bench.py
 
 experiments: venv  ## the convergence experiment on the large problems too, and the table and figure that are committed
 	$(RUN) experiments/toy_convergence.py --full

@@ -402,6 +402,12 @@ def test_the_tightest_instance_of_an_inequality_is_kept() -> None:
 # -- the command -----------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def _wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Statements are wrapped at 80 columns where there is no terminal."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+
 def test_status_0_one_line_for_each_claim_and_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "outcomes.json"
     assert (

@@ -15,7 +15,7 @@ from tbrm_theory.behaviours import MarkovBehaviour, MixtureBehaviour
 from tbrm_theory.dynamic_programming import solve
 from tbrm_theory.objectives import PopulationObjective, SampleObjective
 from tbrm_theory.optimisers import least_squares_plan, levenberg_marquardt
-from tbrm_theory.parametrisations import Linear, Network, Tabular, linear_features
+from tbrm_theory.parametrisations import Tabular
 from tbrm_theory.training import FitConfig, exact_regret, fit
 
 
@@ -36,37 +36,6 @@ def test_gauss_newton_reaches_the_optimum_off_policy(
     assert bool((before > 1e-3).all())
     assert bool((minimum.loss < 1e-20).all())
     assert bool((after < 1e-10).all())
-
-
-def test_gauss_newton_matrix_is_that_of_the_residuals() -> None:
-    """Against Jᵀ W J with the Jacobian of the enumerated residuals by autograd, for each parametrisation."""
-    mdp = random_problem("deterministic", 1)
-    generator = torch.Generator().manual_seed(0)
-    behaviour = MarkovBehaviour(random_policy(mdp, 5))
-    objective = SampleObjective.enumerated(mdp, behaviour)
-    features = linear_features(mdp, 4, generator, realisable=True)
-    for parametrisation in (Tabular(mdp), Linear(mdp, features), Network(mdp, generator, features=3, width=2)):
-        theta = parametrisation.initial(1, generator, scale=0.3)
-        metric = optimisers._Metric(PopulationObjective(mdp, behaviour), parametrisation)
-        matrix = metric.dense(theta, metric.policy(theta))[0]
-        hessian = torch.zeros_like(matrix)
-        for weight, row in zip(objective.weights, range(objective.trajectories.states.shape[0]), strict=True):
-            single = SampleObjective(
-                mdp,
-                type(objective.trajectories)(
-                    *(getattr(objective.trajectories, name)[row : row + 1] for name in ("states", "actions", "mask"))
-                ),
-            )
-            # ∇ f² = 2 f ∇f, so ∇f (∇f)ᵀ = ∇f² (∇f²)ᵀ / (4 f²)
-            leaf = theta.clone().requires_grad_()
-            square = single.loss(parametrisation.logits(leaf))
-            gradient = torch.autograd.grad(square.sum(), leaf)[0][0]
-            hessian += weight * torch.outer(gradient, gradient) / (4 * square.detach())
-        assert torch.allclose(matrix, hessian, rtol=1e-9, atol=1e-11)
-        direction = parametrisation.initial(1, generator)
-        assert torch.allclose(
-            metric.product(theta, metric.policy(theta), direction)[0], hessian @ direction[0], rtol=1e-9, atol=1e-11
-        )
 
 
 def test_least_squares_plan_is_the_optimum_on_covering_data_and_the_minimum_on_noisy() -> None:

@@ -1,0 +1,104 @@
+"""Throughput of the parts that everything waits for, as ratios within one run where there is something to compare with.
+
+* solve: small problems (H=4, S=6, A=3, dense) solved per second, in one batch; beside one at a time in a Python loop;
+* backup: one soft Bellman backup of a dense layer, beside quantecon's hard one (ratio of medians, alternating);
+* sample: trajectory steps drawn per second on FrozenLake 4×4 and on a token tree;
+* minimise: one Levenberg-Marquardt run on 4,096 trajectories.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import quantecon
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import tbrm_theory as tt
+from tbrm_theory.dynamic_programming import soft_value
+from tbrm_theory.objectives import SampleObjective
+from tbrm_theory.optimisers import levenberg_marquardt
+from tbrm_theory.parametrisations import Tabular
+from tbrm_theory.trajectories import sample_trajectories
+from tbrm_theory.transitions import DenseTransition
+
+
+def seconds(*functions: Callable[[], object], repeats: int = 7) -> list[float]:
+    """The median time of each function, all called in turn so that a slow moment of the machine meets them alike."""
+    for function in functions:
+        function()
+    times: list[list[float]] = [[] for _ in functions]
+    for _ in range(repeats):
+        for function, taken in zip(functions, times, strict=True):
+            start = time.perf_counter()
+            function()
+            taken.append(time.perf_counter() - start)
+    return [statistics.median(taken) for taken in times]
+
+
+def solve_rows() -> list[tuple[str, str]]:
+    batch, single = tt.make("dense-random", batch=20_000), tt.make("dense-random")
+    together, alone = seconds(lambda: tt.solve(batch), lambda: tt.solve(single))
+    return [
+        ("problems solved per second, one batch of 20,000", f"{20_000 / together:,.0f}"),
+        ("the same, one at a time", f"{1 / alone:,.0f}"),
+        ("ratio", f"{20_000 * alone / together:,.0f}"),
+    ]
+
+
+def backup_rows() -> list[tuple[str, str]]:
+    states, actions = 400, 4
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.rand(states, actions, states, generator=generator, dtype=torch.float64)
+    kernel = weight / weight.sum(-1, keepdim=True)
+    reward = torch.rand(states, actions, generator=generator, dtype=torch.float64)
+    layer = DenseTransition(kernel)
+    problem = quantecon.markov.DiscreteDP(reward.numpy(), kernel.numpy(), 1.0 - 1e-12)
+    v, v_hard = torch.zeros(states, dtype=torch.float64), np.zeros(states)
+    soft, hard = seconds(
+        lambda: [soft_value(reward + layer.expect(v)) for _ in range(100)],
+        lambda: [problem.bellman_operator(v_hard) for _ in range(100)],
+    )
+    return [
+        (f"soft backup of {states}×{actions} dense, beside quantecon's hard one", f"{soft / hard:.2f} times its time")
+    ]
+
+
+def sample_rows() -> list[tuple[str, str]]:
+    rows = []
+    for family, count in (("frozen-lake", 50_000), ("token-tree", 50_000)):
+        mdp, generator = tt.make(family), torch.Generator().manual_seed(0)
+
+        def draw(mdp: tt.RegularizedMDP = mdp, generator: torch.Generator = generator, count: int = count) -> object:
+            return sample_trajectories(mdp, mdp.log_reference, count, generator)
+
+        (taken,) = seconds(draw)
+        rows.append((f"steps sampled per second, {family}", f"{count * mdp.horizon / taken:,.0f}"))
+    return rows
+
+
+def minimise_rows() -> list[tuple[str, str]]:
+    mdp = tt.make("deterministic-dag", horizon=8, states=10, actions=3)
+    batch = sample_trajectories(mdp, mdp.log_reference, 4096, torch.Generator().manual_seed(0))
+    objective, tabular = SampleObjective(mdp, batch), Tabular(mdp)
+    start = tabular.initial(1, torch.Generator().manual_seed(0))
+    iterations = levenberg_marquardt(objective, tabular, start).iterations
+    (taken,) = seconds(lambda: levenberg_marquardt(objective, tabular, start))
+    what = f"Levenberg-Marquardt, 4,096 trajectories × {tabular.size} logits, {iterations} steps"
+    return [(what, f"{1000 * taken:.0f} ms")]
+
+
+def main() -> None:
+    table = Table("what", "measured", title=f"{torch.get_num_threads()} threads")
+    for rows in (solve_rows, backup_rows, sample_rows, minimise_rows):
+        for row in rows():
+            table.add_row(*row)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
