@@ -71,7 +71,7 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
     """The figure; every plotted number comes from ``rows``."""
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
     curves = [row for row in rows if row["kind"] == "curve"]
-    _gauss_newton(axes[0, 0], [row for row in rows if row["kind"] == "positive" and row["mode"] == "population"])
+    _second_order(axes[0, 0], [row for row in rows if row["kind"] == "positive" and row["mode"] == "population"])
     _plane(axes[0, 1], [row for row in rows if row["kind"] != "curve"])
     families = sorted({row["family"] for row in curves})
     for axis, letter, family in zip(axes[1], "cd", families[-2:], strict=False):
@@ -79,7 +79,7 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def _gauss_newton(axis: Axes, rows: list[dict[str, Any]]) -> None:
+def _second_order(axis: Axes, rows: list[dict[str, Any]]) -> None:
     families = sorted({row["family"] for row in rows})
     palette = dict(zip(families, plt.get_cmap("tab20").colors, strict=False))  # type: ignore[attr-defined]
     seen = set()
@@ -89,7 +89,7 @@ def _gauss_newton(axis: Axes, rows: list[dict[str, Any]]) -> None:
         largest = np.maximum(row["regret"]["largest"], FLOOR)
         axis.semilogy(row["step"], largest, color=palette[row["family"]], lw=1, alpha=0.8, label=label)
     axis.axhline(1e-10, color="black", ls="--", lw=1)
-    axis.set(xlabel="Gauss–Newton step", ylabel="exact regret (largest seed)")
+    axis.set(xlabel="Levenberg–Marquardt step, in I14's coordinates", ylabel="exact regret (largest seed)")
     axis.set_title(f"(a) {len(rows)} deterministic problems × full-support Markov data")
     axis.legend(fontsize=6.5, ncol=2, loc="upper right")
 

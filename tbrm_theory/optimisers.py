@@ -21,10 +21,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.optimize
 import scipy.sparse
 import scipy.sparse.linalg
 import torch
 from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tbrm_theory.dynamic_programming import soft_policy
@@ -36,7 +38,7 @@ from tbrm_theory.population import soft_plan
 from tbrm_theory.shapes import PerLayerStateAction
 from tbrm_theory.tables import check_finite
 
-__all__ = ["DENSE_LIMIT", "Minimum", "least_squares_plan", "levenberg_marquardt"]
+__all__ = ["DENSE_LIMIT", "Minimum", "lbfgs", "least_squares_plan", "levenberg_marquardt"]
 
 DENSE_LIMIT = 400
 """Above this many parameters or pairs the Gauss-Newton system is solved by conjugate gradients, without a matrix."""
@@ -123,6 +125,40 @@ def levenberg_marquardt(
 def _after_success(gain: Seeds) -> Seeds:
     """The change of the damping after a step that lowered the loss by this fraction of what the linear model promised."""
     return torch.where(gain > 0.75, 0.1, torch.where(gain < 0.25, 5.0, 1.0))
+
+
+def lbfgs(
+    objective: Objective,
+    parametrisation: Parametrisation,
+    theta: Parameters,
+    *,
+    loss: str = "tbrm",
+    iterations: int = 5000,
+) -> Minimum:
+    """Minimise either loss by SciPy's L-BFGS-B, one starting point after the other: its line search would couple them.
+
+    Args:
+        theta: ``(seeds, D)``.
+        loss: ``"tbrm"`` or ``"brm"``.
+    """
+
+    def value_and_gradient(point: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        leaf = torch.from_numpy(point).to(theta.device).unsqueeze(0).requires_grad_()
+        value = objective.loss(parametrisation.logits(leaf), loss)
+        (gradient,) = torch.autograd.grad(value.sum(), leaf)
+        return value.item(), gradient.squeeze(0).cpu().numpy()
+
+    limits = {"maxiter": iterations, "maxfun": 2 * iterations, "ftol": 0.0, "gtol": 0.0}
+    found = [
+        scipy.optimize.minimize(value_and_gradient, start, jac=True, method="L-BFGS-B", options=limits)
+        for start in theta.detach().cpu().numpy()
+    ]
+    return Minimum(
+        theta=torch.from_numpy(np.stack([result.x for result in found])).to(theta.device),
+        loss=theta.new_tensor([result.fun for result in found]),
+        converged=torch.tensor([result.nit < iterations for result in found], device=theta.device),
+        iterations=max(result.nit for result in found),
+    )
 
 
 def _loss_and_gradient(

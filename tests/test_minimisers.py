@@ -14,7 +14,7 @@ from tbrm_theory import optimisers
 from tbrm_theory.behaviours import MarkovBehaviour, MixtureBehaviour
 from tbrm_theory.dynamic_programming import solve
 from tbrm_theory.objectives import PopulationObjective, SampleObjective
-from tbrm_theory.optimisers import least_squares_plan, levenberg_marquardt
+from tbrm_theory.optimisers import lbfgs, least_squares_plan, levenberg_marquardt
 from tbrm_theory.parametrisations import Tabular
 from tbrm_theory.training import FitConfig, exact_regret, fit
 
@@ -36,6 +36,19 @@ def test_gauss_newton_reaches_the_optimum_off_policy(
     assert bool((before > 1e-3).all())
     assert bool((minimum.loss < 1e-20).all())
     assert bool((after < 1e-10).all())
+
+
+@pytest.mark.parametrize("loss", ["tbrm", "brm"])
+def test_lbfgs_reaches_the_optimum_by_either_loss(loss: str) -> None:
+    mdp = random_problem("deterministic", 1)
+    tabular = Tabular(mdp, loss=loss)
+    start = tabular.initial(2, torch.Generator().manual_seed(0))
+    objective = PopulationObjective(mdp, MarkovBehaviour(random_policy(mdp, 5)))
+    minimum = lbfgs(objective, tabular, start, loss=loss)
+    assert torch.allclose(minimum.loss, objective.loss(tabular.logits(minimum.theta), loss), rtol=1e-6, atol=0.0)
+    assert bool(minimum.converged.all())
+    assert bool((exact_regret(mdp, tabular.logits(minimum.theta), solve(mdp)) < 1e-10).all())
+    assert not bool(lbfgs(objective, tabular, start, loss=loss, iterations=3).converged.any())
 
 
 def test_least_squares_plan_is_the_optimum_on_covering_data_and_the_minimum_on_noisy() -> None:
@@ -84,8 +97,8 @@ def test_adam_lowers_the_regret_in_every_mode(mode: str, loss: str) -> None:
         "population": PopulationObjective(mdp, MarkovBehaviour(mdp.log_reference)),
         "offline": SampleObjective.enumerated(mdp, MarkovBehaviour(mdp.log_reference)),
     }.get(mode)
-    config = FitConfig(mode=mode, loss=loss, steps=400, seeds=3, replay_capacity=300)  # type: ignore[arg-type]
-    _, history = fit(mdp, Tabular(mdp), config, objective=objective)
+    config = FitConfig(mode=mode, loss=loss, steps=150, learning_rate=0.1, seeds=3, replay_capacity=300, evaluations=2)  # type: ignore[arg-type]
+    _, history = fit(mdp, Tabular(mdp, loss=loss), config, objective=objective)
     assert max(history.regret[-1]) < 0.1 * min(history.regret[0])
 
 
