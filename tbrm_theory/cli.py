@@ -44,8 +44,7 @@ class CommandError(Exception):
 def evaluate(case: _Case, /, *, json: _Flag = False) -> int:
     """Every exact quantity of an instance file: the optimum, policies, losses and bounds.
 
-    Objectives, regrets and bounds are in reward units, V* and Q* in units of beta, losses in units of beta
-    squared.
+    Everything is in reward units, V* and Q* too, but the losses: these are in units of beta squared.
 
     Args:
         case: Instance file, as described in the README.
@@ -63,7 +62,7 @@ def evaluate(case: _Case, /, *, json: _Flag = False) -> int:
 def solve(case: _Case, /) -> int:
     """The optimum of an instance file, and how it is certified.
 
-    Prints the objective, V* (in units of beta) of the states an episode can start in, the optimal policy of
+    Prints the objective, V* (in reward units) of the states an episode can start in, the optimal policy of
     small layers, and the two residuals of the certificate: Bellman's, and the gap to the objective of the
     policy found. Exit status 1 if they are larger than rounding explains.
 
@@ -246,7 +245,7 @@ _LOSSES = ("tbrm", "brm")
 
 def _print_optimum(console: Console, result: dict[str, Any]) -> None:
     console.print(Text(f"Optimal objective {_shown(result['objective_star'])}"))
-    table = _table("Optimum (V* and Q* in units of beta)", "layer", "state", "V*", "Q*", "policy", numbers=("V*",))
+    table = _table("Optimum (V* and Q* in reward units)", "layer", "state", "V*", "Q*", "policy", numbers=("V*",))
     rows = [
         (h, s, value, _listing(q), _listing(policy))
         for h, layer in enumerate(zip(result["v_star"], result["q_star"], result["policy_star"], strict=True))
@@ -263,10 +262,10 @@ def _print_solution(console: Console, case: Path, solution: Solution) -> None:
     mdp = solution.mdp
     console.print(Text(f"{case}: {_describe(mdp)}"))
     console.print(Text(f"Optimal objective {_shown(solution.objective.item())}"))
-    starts = _table("First states (V* in units of beta)", "state", "probability", "V*", numbers=("probability", "V*"))
+    starts = _table("First states (V* in reward units)", "state", "probability", "V*", numbers=("probability", "V*"))
     reached = [s for s, probability in enumerate(mdp.initial.tolist()) if probability > 0]
     for s in reached[:_MOST_ROWS]:
-        _row(starts, s, mdp.initial[s].item(), solution.v[0][s].item())
+        _row(starts, s, mdp.initial[s].item(), (mdp.beta * solution.v[0][s]).item())
     console.print(starts)
     if len(reached) > _MOST_ROWS:
         console.print(Text(f"… and {len(reached) - _MOST_ROWS} more first states"))

@@ -1,8 +1,8 @@
 """Every exact quantity of an instance as one JSON object: what ``tbrm evaluate --json`` prints (design.md).
 
-Tables are nested ``[layer][state][action]`` in the file's own shape. ``v_star`` and ``q_star`` are in units
-of ``beta``, like logits; ``kl_to_reference`` is in nats; losses are squares of residuals in units of
-``beta``; all else is in reward units. An infinite quantity is the string ``"inf"`` or ``"-inf"``; NaN never
+Tables are nested ``[layer][state][action]`` in the file's own shape. Everything is in reward units, ``v_star``
+and ``q_star`` too (``beta`` times the values that ``solve`` returns), except that ``kl_to_reference`` is in nats
+and losses are squares of residuals in units of ``beta``. An infinite quantity is the string ``"inf"`` or ``"-inf"``; NaN never
 occurs.
 """
 
@@ -54,8 +54,8 @@ def evaluate_instance(instance: Instance) -> dict[str, Any]:
         return [_json(mdp.rows(h, layer)) for h, layer in enumerate(tables)]
 
     return {
-        "v_star": [_json(layer.tolist()) for layer in solution.v],
-        "q_star": table(solution.q),
+        "v_star": [_json((mdp.beta * layer).tolist()) for layer in solution.v],
+        "q_star": table(tuple(mdp.beta * layer for layer in solution.q)),
         "policy_star": table(tuple(log.exp() for log in solution.log_policy)),
         "objective_star": _scalar(solution.objective),
         "policies": {

@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from tbrm_theory.errors import InvalidInputError
+from tbrm_theory.json_fields import write_json
 
-__all__ = ["Run", "plain_json", "provenance", "write_json"]
+__all__ = ["Run", "plain_json", "provenance"]
 
 _RECORDED_PACKAGES = ("tbrm-theory", "torch", "numpy", "scipy", "gymnasium", "matplotlib")
 
@@ -45,20 +46,6 @@ def plain_json(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain_json(entry) for entry in value]
     return value
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all: a reader never sees half of it, a failure leaves the old one."""
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(plain_json(value), file, indent=1, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def provenance() -> dict[str, Any]:
@@ -106,7 +93,7 @@ class Run:
         stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
         run = cls(parent / stamp)
         run.folder.mkdir()
-        write_json(run.folder / "provenance.json", provenance())
+        write_json(run.folder / "provenance.json", plain_json(provenance()))
         write_json(run.folder / "config.json", config)
         link = parent / ".latest.partial"
         link.unlink(missing_ok=True)
@@ -133,7 +120,7 @@ class Run:
         return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
 
     def finish(self, summary: dict[str, Any]) -> None:
-        write_json(self.folder / "summary.json", summary)
+        write_json(self.folder / "summary.json", plain_json(summary))
 
     def _drop_half_line(self) -> None:
         if not self.metrics.exists():

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tbrm_theory.errors import InvalidInputError
-from tbrm_theory.results import Run, provenance, write_json
+from tbrm_theory.results import Run, provenance
 
 
 def test_unfinished_run_with_the_same_settings_goes_on_without_its_half_line(tmp_path: Path) -> None:
@@ -39,20 +39,23 @@ def test_other_settings_or_a_finished_run_start_anew(tmp_path: Path) -> None:
     assert Run.open("demo", {"a": 2}, root=tmp_path).folder.name != third.folder.name
 
 
-def test_nan_is_refused_and_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "x.json"
-    write_json(path, {"a": 1})
+def test_nan_is_refused_and_a_full_disk_leaves_the_run_unfinished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run.open("demo", {"a": 1}, root=tmp_path)
     with pytest.raises(InvalidInputError, match="NaN"):
-        write_json(path, {"a": math.nan})
+        run.record({"x": math.nan})
+    assert run.rows() == []
 
     def full_disk(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        write_json(path, {"a": 2})
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert list(tmp_path.iterdir()) == [path]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full_disk)
+        with pytest.raises(OSError, match="No space"):
+            run.finish({"verdict": "holds"})
+    assert sorted(path.name for path in run.folder.iterdir()) == ["config.json", "provenance.json"]
+    run.finish({"verdict": "holds"})
 
 
 def test_provenance_names_versions_and_commit(monkeypatch: pytest.MonkeyPatch) -> None:
