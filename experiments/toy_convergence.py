@@ -63,7 +63,7 @@ class Config:
     """Settings of the experiment."""
 
     full: bool = False
-    """Also the large problems: FrozenLake 16×16 and Taxi. Takes hours."""
+    """Also the large problems: FrozenLake 16×16 and Taxi."""
     seeds: int = 3
     """Random starting points of each cell, run together."""
     seed: int = 0

@@ -46,6 +46,8 @@ def test_positive_cells_are_exact_and_controls_fail(run: Path) -> None:
     ("kind", "change", "verdict"),
     [
         ("positive", {"regret_curve": [[1.0], [1e-9]]}, "FAILED"),
+        ("positive", {"regret_curve": [[1.0, 1.0], [0.0, 1e-9]]}, "FAILED"),  # one bad seed is enough
+        ("uncovered actions", {"regret_curve": [[1.0, 1.0], [1.0, 1e-12]]}, "DID NOT FAIL"),
         ("positive", {"regret_curve": [[1.0], [1e-9]], "condition_number": 1e15}, "conditioning limited"),
         ("positive", {"regret_curve": [[1e-4], [0.0]]}, "starts too close"),
         ("uncovered actions", {"regret_curve": [[1.0], [1e-12]]}, "DID NOT FAIL"),
