@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from plants import Plant, check_that_the_verdict_turns, function, kernels, later_layers, scaled
 from torch import Tensor
 
 from tbrm_theory import dynamic_programming, losses, population
@@ -25,7 +26,7 @@ from tbrm_theory.cli import main
 from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.families import FAMILIES, make
 from tbrm_theory.mdp import RegularizedMDP
-from tbrm_theory.transitions import DenseTransition, DeterministicTransition, SparseTransition
+from tbrm_theory.transitions import DenseTransition, SparseTransition
 
 NUMBERS = [f"I{n}" for n in range(1, 12)]
 FEW = ["chain", "garnet", "deterministic-tree"]
@@ -40,37 +41,6 @@ def _python_random_state() -> Iterator[None]:
 
 
 # -- planted bugs ----------------------------------------------------------------------------------------------------
-
-Plant = Callable[[pytest.MonkeyPatch], None]
-
-
-def kernels(method: str, bug: Callable[[Any], Any]) -> Plant:
-    """The same bug in ``expect``, ``push`` or ``variance`` of every kind of kernel."""
-
-    def plant(monkeypatch: pytest.MonkeyPatch) -> None:
-        for kernel in (DeterministicTransition, SparseTransition, DenseTransition):
-            monkeypatch.setattr(kernel, method, bug(getattr(kernel, method)))
-
-    return plant
-
-
-def function(module: Any, name: str, bug: Callable[[Any], Any]) -> Plant:
-    return lambda monkeypatch: monkeypatch.setattr(module, name, bug(getattr(module, name)))
-
-
-def scaled(by: float) -> Callable[[Any], Any]:
-    """A result that is off by one part in a billion, or by half."""
-    return lambda original: lambda *arguments, **options: original(*arguments, **options) * by
-
-
-def later_layers(original: Any) -> Any:
-    """Leaves the last layer's terms out."""
-
-    def without_last(*arguments: Any) -> Any:
-        *earlier, last = original(*arguments)
-        return (*earlier, torch.zeros_like(last))
-
-    return without_last
 
 
 def hard(q: Tensor) -> Tensor:
@@ -163,23 +133,15 @@ BUGS: dict[str, Plant] = {
 
 
 def test_a_bug_is_planted_for_every_claim() -> None:
-    assert set(BUGS) == set(CLAIMS)
+    """Here and in the other modules that test claims."""
+    planted = set(BUGS)
+    assert planted == set(CLAIMS)
     assert sorted({claim.number for claim in CLAIMS.values()}, key=NUMBERS.index) == NUMBERS
 
 
-@pytest.mark.parametrize("claim_id", CLAIMS)
+@pytest.mark.parametrize("claim_id", BUGS)
 def test_a_planted_bug_turns_the_verdict(claim_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    [claim] = select([claim_id])
-    assert verify([claim], FEW, instances=3)[claim_id].verdict is Verdict.HOLDS
-    BUGS[claim_id](monkeypatch)
-    outcome = verify([claim], FEW, instances=3)[claim_id]
-    assert outcome.verdict is Verdict.VIOLATED
-    assert outcome.worst is not None
-    assert outcome.worst.error > outcome.worst.bound
-    # The seed printed reproduces it.
-    again = verify([claim], [outcome.worst.family], instances=1, seed=outcome.worst.seed)[claim_id]
-    assert again.worst is not None
-    assert again.worst.error == outcome.worst.error
+    check_that_the_verdict_turns(claim_id, BUGS[claim_id], monkeypatch, FEW)
 
 
 # -- cases -----------------------------------------------------------------------------------------------------------

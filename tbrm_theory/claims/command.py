@@ -140,7 +140,8 @@ def _table(claims: Sequence[Claim], outcomes: dict[str, Outcome]) -> Table:
 def _explain(console: Console, claim: Claim, outcome: Outcome) -> None:
     worst = outcome.worst
     if outcome.verdict is Verdict.VIOLATED and worst is not None:
-        again = f"tbrm verify --claims {claim.id} --families {worst.family} --seed {worst.seed} --instances 1"
+        where = f" --families {worst.family}" if claim.problem is None else ""
+        again = f"tbrm verify --claims {claim.id}{where} --seed {worst.seed} --instances 1"
         found = (
             f"{claim.id} is violated on {outcome.violations} of {outcome.instances} instances; see one with: {again}"
         )

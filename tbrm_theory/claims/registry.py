@@ -33,6 +33,10 @@ class Claim:
     requires: Assumption
     check: Callable[[Case], Comparison]
     """Computes both sides; only for cases that ``requires`` lets pass."""
+    problem: Callable[[int], Case] | None = None
+    """The problems that the statement is about, one for each seed, if it is not about those of the families."""
+    problems: int | None = None
+    """How many different problems ``problem`` makes; None if any number."""
 
     @property
     def number(self) -> str:
@@ -45,16 +49,25 @@ CLAIMS: dict[str, Claim] = {}
 
 
 def claim(
-    claim_id: str, *, source: str, requires: Sequence[Assumption] = ()
+    claim_id: str,
+    *,
+    source: str,
+    requires: Sequence[Assumption] = (),
+    problem: Callable[[int], Case] | None = None,
+    problems: int | None = None,
 ) -> Callable[[Callable[[Case], Comparison]], Callable[[Case], Comparison]]:
-    """Register the function below under ``claim_id``; every assumption must let a case pass."""
+    """Register the function below under ``claim_id``; every assumption must let a case pass.
+
+    A statement about problems of its own, such as a counterexample, brings them as ``problem``; it is then checked on these, seed
+    after seed, at most ``problems`` of them, and not on the families.
+    """
 
     def refusal(case: Case) -> str | None:
         return next((reason for assumption in requires if (reason := assumption(case))), None)
 
     def register(check: Callable[[Case], Comparison]) -> Callable[[Case], Comparison]:
         statement = (inspect.getdoc(check) or "").partition("\n")[0]
-        CLAIMS[claim_id] = Claim(claim_id, source, statement, refusal, check)
+        CLAIMS[claim_id] = Claim(claim_id, source, statement, refusal, check, problem, problems)
         return check
 
     return register

@@ -1,7 +1,8 @@
 """Claims over families: what was tried, what was refused and why, the worst error and where it occurred.
 
 A case is drawn once and serves every claim that still wants one. Families take turns, seed after seed, until each claim has its
-number of instances; a claim that every family refuses ends as *not exercised*, which is no success.
+number of instances; a claim that every family refuses ends as *not exercised*, which is no success. A claim with problems of its
+own is checked on these instead.
 """
 
 from __future__ import annotations
@@ -99,22 +100,33 @@ def verify(
     if not names or not claims:
         raise InvalidInputError("claims" if names else "families", "expected at least one")
     outcomes = {claim.id: Outcome() for claim in claims}
+    wanted = {claim.id: min(instances, claim.problems or instances) for claim in claims}
+
+    def report() -> None:
+        if progress is not None:
+            progress(sum(outcome.instances for outcome in outcomes.values()), sum(wanted.values()))
+
+    on_families = [claim for claim in claims if claim.problem is None]
     for turn in range(instances):
         for name in names:
-            pending = [claim for claim in claims if outcomes[claim.id].instances < instances]
+            pending = [claim for claim in on_families if outcomes[claim.id].instances < instances]
             if not pending:
-                return outcomes
+                break
             case = make_case(name, seed + turn)
             for claim in pending:
                 _try(claim, case, outcomes[claim.id])
-            if progress is not None:
-                progress(sum(outcome.instances for outcome in outcomes.values()), instances * len(claims))
+            report()
+    for claim in claims:
+        if claim.problem is not None:
+            for turn in range(wanted[claim.id]):
+                _try(claim, claim.problem(seed + turn), outcomes[claim.id])
+                report()
     return outcomes
 
 
 def _try(claim: Claim, case: Case, outcome: Outcome) -> None:
     started = time.perf_counter()
-    reason = case.too_large or claim.requires(case)
+    reason = (case.too_large if claim.problem is None else None) or claim.requires(case)
     if reason:
         outcome.skipped[reason] += 1
     else:
