@@ -1,6 +1,7 @@
 """Where a policy goes: occupancies, trajectory laws and moment matrices (theory.md §0, I11-I12).
 
-``d_h(s)`` and ``d_h(s,a)`` come from one forward sweep. The moment matrix ``M = E_μ[φφᵀ]`` of the indicator features
+``d_h(s)`` and ``d_h(s,a)`` come from one forward sweep; in log space they never underflow, so that what has no data and what has
+next to none stay apart. The moment matrix ``M = E_μ[φφᵀ]`` of the indicator features
 ``φ(τ) = Σ_h e_(h,s_h,a_h)`` gives ``E_μ[(Σ_h g_h)²] = gᵀ M g`` for every additive function; it is available as a dense matrix
 and, for large problems, as a product with a vector that costs one backward and one forward sweep. Enumeration is for problems
 small enough to list.
@@ -16,15 +17,18 @@ from torch import Tensor
 
 from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.mdp import RegularizedMDP
-from tbrm_theory.shapes import PerLayerState, PerLayerStateAction
+from tbrm_theory.shapes import PerLayerState, PerLayerStateAction, StateActionTable, StateTable
 from tbrm_theory.tables import safe_log, side_by_side
 from tbrm_theory.transitions import SparseTransition, Transition
 
 __all__ = [
     "Enumeration",
+    "LogOccupancy",
     "Occupancy",
     "enumerate_trajectories",
     "flatten_tables",
+    "log_moment_matrix",
+    "log_occupancy",
     "moment_matrix",
     "moment_product",
     "occupancy",
@@ -49,6 +53,39 @@ def occupancy(mdp: RegularizedMDP, log_policy: PerLayerStateAction) -> Occupancy
             existing = torch.where(mdp.valid[h], state_action[-1], 0.0)
             state.append(mdp.transitions[h].push(existing))
     return Occupancy(tuple(state), tuple(state_action))
+
+
+@dataclass(frozen=True, eq=False)
+class LogOccupancy:
+    """``state[h][…, s] = log d_h(s)`` and ``state_action[h][…, s, a] = log d_h(s,a)``; ``-inf`` exactly where there is no mass."""
+
+    state: PerLayerState
+    state_action: PerLayerStateAction
+
+
+def log_occupancy(mdp: RegularizedMDP, log_policy: PerLayerStateAction) -> LogOccupancy:
+    """The logarithms of both occupancies, by a forward sweep in log space."""
+    state, state_action = [safe_log(mdp.initial)], []
+    for h, log in enumerate(log_policy):
+        state_action.append(state[-1].unsqueeze(-1) + log)
+        if h < mdp.horizon - 1:
+            existing = torch.where(mdp.valid[h], state_action[-1], -torch.inf)
+            state.append(_log_push(mdp.transitions[h], existing))
+    return LogOccupancy(tuple(state), tuple(state_action))
+
+
+def _log_push(kernel: Transition, log_mass: StateActionTable) -> StateTable:
+    """``log push(exp log_mass)``: a log-sum-exp over the edges into each state."""
+    successors, probability = kernel.edges()
+    flow = log_mass.unsqueeze(-1) + safe_log(probability)
+    batch = flow.shape[:-3]
+    flow = flow.flatten(-3)
+    into = successors.expand(*batch, *successors.shape[-3:]).flatten(-3)
+    top = flow.detach().new_full((*batch, kernel.shape[-1]), -torch.inf)
+    top = top.scatter_reduce(-1, into, flow.detach(), "amax")
+    shift = torch.where(top > -torch.inf, top, 0.0)
+    total = torch.zeros_like(top).scatter_add(-1, into, (flow - shift.gather(-1, into)).exp())
+    return safe_log(total) + shift
 
 
 # -- vectors indexed by (h, s, a) --------------------------------------------------------------------------------
@@ -111,6 +148,30 @@ def moment_matrix(mdp: RegularizedMDP, log_policy: PerLayerStateAction) -> Float
             matrix[..., rows, columns] = joint.flatten(-2)
             matrix[..., columns, rows] = joint.flatten(-2).transpose(-1, -2)
     return matrix
+
+
+def log_moment_matrix(mdp: RegularizedMDP, log_policy: PerLayerStateAction) -> Float[Tensor, "... pairs pairs"]:
+    """The logarithms of :func:`moment_matrix`, ``-inf`` exactly where no trajectory has both pairs."""
+    d = log_occupancy(mdp, log_policy).state_action
+    batch = torch.broadcast_shapes(*(table.shape[:-2] for table in d))
+    sizes = [table.shape[-2:].numel() for table in d]
+    blocks: dict[tuple[int, int], Tensor] = {}
+    for h in range(mdp.horizon):
+        mass = d[h].flatten(-2).unsqueeze(-1)
+        alone = torch.eye(sizes[h], dtype=torch.bool, device=mass.device)
+        given = torch.where(alone, 0.0, -torch.inf).unflatten(-1, d[h].shape[-2:])  # log law of the pair given itself
+        blocks[h, h] = mass + given.flatten(-2)
+        for k in range(h + 1, mdp.horizon):
+            existing = torch.where(mdp.valid[k - 1].unsqueeze(-3), given, -torch.inf)
+            reached = _log_push(mdp.transitions[k - 1].behind_batch(), existing)
+            given = reached.unsqueeze(-1) + log_policy[k].unsqueeze(-3)
+            blocks[h, k] = mass + given.flatten(-2)
+            blocks[k, h] = blocks[h, k].transpose(-1, -2)
+    rows = [
+        torch.cat([blocks[h, k].expand(*batch, sizes[h], sizes[k]) for k in range(mdp.horizon)], dim=-1)
+        for h in range(mdp.horizon)
+    ]
+    return torch.cat(rows, dim=-2)
 
 
 # -- enumeration -------------------------------------------------------------------------------------------------

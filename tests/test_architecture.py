@@ -50,6 +50,8 @@ FLOORS = {
     "scores": 3,
     "population": 3,
     "coverage": 3,
+    "moments": 3,
+    "policy_class": 3,
     "bounds": 3,
     "parametrisations": 3,
     "objectives": 4,
