@@ -105,7 +105,7 @@ def moment_form(mdp: RegularizedMDP, behaviour: Behaviour) -> MomentForm:
     if behaviour.components is None:
         listed = enumerate_trajectories(mdp)
         law = behaviour.log_law(mdp, listed)
-        even = torch.where(law > -torch.inf, 0.0, -torch.inf)
+        even = torch.where(law > -torch.inf, torch.zeros_like(law), -torch.inf)
         return MomentForm(_log_moments(mdp, listed, law), _log_moments(mdp, listed, even), markov=False)
     parts = [(weight, policy) for weight, policy in behaviour.components if weight > 0]
     even_mdp = _evenly(mdp)

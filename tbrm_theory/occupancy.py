@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.mdp import RegularizedMDP
-from tbrm_theory.shapes import PerLayerState, PerLayerStateAction, StateActionTable, StateTable
+from tbrm_theory.shapes import NextStateTable, PerLayerState, PerLayerStateAction, StateActionTable
 from tbrm_theory.tables import safe_log, side_by_side
 from tbrm_theory.transitions import SparseTransition, Transition
 
@@ -74,7 +74,7 @@ def log_occupancy(mdp: RegularizedMDP, log_policy: PerLayerStateAction) -> LogOc
     return LogOccupancy(tuple(state), tuple(state_action))
 
 
-def _log_push(kernel: Transition, log_mass: StateActionTable) -> StateTable:
+def _log_push(kernel: Transition, log_mass: StateActionTable) -> NextStateTable:
     """``log push(exp log_mass)``: a log-sum-exp over the edges into each state."""
     successors, probability = kernel.edges()
     flow = log_mass.unsqueeze(-1) + safe_log(probability)
@@ -159,7 +159,9 @@ def log_moment_matrix(mdp: RegularizedMDP, log_policy: PerLayerStateAction) -> F
     for h in range(mdp.horizon):
         mass = d[h].flatten(-2).unsqueeze(-1)
         alone = torch.eye(sizes[h], dtype=torch.bool, device=mass.device)
-        given = torch.where(alone, 0.0, -torch.inf).unflatten(-1, d[h].shape[-2:])  # log law of the pair given itself
+        given = torch.where(alone, torch.zeros_like(mass), -torch.inf).unflatten(
+            -1, d[h].shape[-2:]
+        )  # log law of the pair given itself
         blocks[h, h] = mass + given.flatten(-2)
         for k in range(h + 1, mdp.horizon):
             existing = torch.where(mdp.valid[k - 1].unsqueeze(-3), given, -torch.inf)
