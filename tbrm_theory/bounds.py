@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import torch
 
+from tbrm_theory.behaviours import Behaviour
+from tbrm_theory.coverage import Data, data_behaviour, kappa
 from tbrm_theory.dynamic_programming import Solution, admissible_logits, bellman_operator, soft_policy, solve
+from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.mdp import RegularizedMDP
-from tbrm_theory.occupancy import occupancy
+from tbrm_theory.occupancy import enumerate_trajectories, occupancy
+from tbrm_theory.population import additive_moments, population_loss, residual_terms, soft_plan
 from tbrm_theory.shapes import PerLayerStateAction, Scalars
 
-__all__ = ["corollary4"]
+__all__ = ["centred_loss", "corollary4", "path_policy", "theorem2", "theorem2_centred"]
 
 
 def corollary4(mdp: RegularizedMDP, logits: PerLayerStateAction, *, solution: Solution | None = None) -> Scalars:
@@ -34,3 +38,90 @@ def corollary4(mdp: RegularizedMDP, logits: PerLayerStateAction, *, solution: So
         gap = torch.where(valid, backed_up, 0.0) - torch.where(valid, own, 0.0)
         layers.append((star * gap).sum((-2, -1)) - (theta * gap).sum((-2, -1)))
     return mdp.beta * torch.stack(torch.broadcast_tensors(*layers)).sum(0)
+
+
+def theorem2(
+    mdp: RegularizedMDP, logits: PerLayerStateAction, mu: Data, *, solution: Solution | None = None
+) -> Scalars:
+    """``β(√κ(π*,μ) + √κ(π_θ,μ)) √L_μ(θ)`` ([Y] Thm 2 with the sharp κ; theory.md B5), ``(…)``.
+
+    At least ``J_β(π*) - J_β(π_θ)`` on deterministic transitions, for any data: as a supremum κ needs no Markov data.
+
+    Returns:
+        ``inf`` as soon as one κ is, whatever the loss.
+
+    Raises:
+        InvalidInputError: stochastic transitions, for which the bound is not claimed; malformed logits or data.
+    """
+    roots = [coefficient.sqrt() for coefficient in _both_kappas(mdp, logits, mu, solution)]
+    loss = population_loss(mdp, logits, data_behaviour(mdp, mu))
+    return _product(mdp, roots, loss)
+
+
+def theorem2_centred(
+    mdp: RegularizedMDP, logits: PerLayerStateAction, mu: Data, *, solution: Solution | None = None
+) -> Scalars:
+    """``β(√(κ(π*,μ) - 1) + √(κ(π_θ,μ) - 1)) √E_μ Var_μ(f_θ|s_1)`` (own; theory.md B5), ``(…)``: never more than ``theorem2``.
+
+    *Proof.* Two policies see the same first states, so ``c(s_1) = E_μ[f|s_1]`` can be taken off ``f`` in ``E_{π_θ} f - E_{π*} f``, the
+    left side of B4. For ``g = f - c`` and any number ``t``, ``κ ≥ (E_π g + t)²/(E_μ g² + t²)``, since ``E_μ g = 0``; the best ``t``
+    gives ``κ ≥ 1 + (E_π g)²/E_μ g²``. ∎
+    """
+    roots = [(coefficient - 1).clamp(min=0).sqrt() for coefficient in _both_kappas(mdp, logits, mu, solution)]
+    return _product(mdp, roots, centred_loss(mdp, logits, mu))
+
+
+def centred_loss(mdp: RegularizedMDP, logits: PerLayerStateAction, mu: Data) -> Scalars:
+    """``E_μ Var_μ(f_θ(τ) | s_1)``, ``(…)``: TBRM's loss with the best value of every first state."""
+    behaviour: Behaviour = data_behaviour(mdp, mu)
+    terms = residual_terms(mdp, logits)
+    if behaviour.components is None:
+        listed = enumerate_trajectories(mdp)
+        law, f, start = behaviour.log_law(mdp, listed).exp(), listed.sum_along(terms), listed.states[:, 0]
+        mass = torch.zeros_like(mdp.initial).index_add(-1, start, law)
+        total = f.new_zeros(*f.shape[:-1], len(mass)).index_add(-1, start, law * f)
+        mean = torch.where(mass > 0, total / torch.where(mass > 0, mass, 1.0), 0.0)
+        return (law * (f - mean[..., start]).square()).sum(-1)
+    parts = [(weight, additive_moments(mdp, terms, policy)) for weight, policy in behaviour.components]
+    mean = sum((weight * part.mean for weight, part in parts), torch.zeros_like(mdp.initial))
+    spread = [weight * (part.variance + (part.mean - mean).square()) for weight, part in parts]
+    return (mdp.initial * sum(spread, torch.zeros_like(mdp.initial))).sum(-1)
+
+
+def path_policy(
+    mdp: RegularizedMDP, logits: PerLayerStateAction, t: torch.Tensor, *, solution: Solution | None = None
+) -> PerLayerStateAction:
+    """``log π_t`` of the path from ``π*`` (t = 0) to ``π_θ`` (t = 1): ``P_t(τ|s_1) ∝ P_{π*}(τ|s_1) e^{t f_θ(τ)}`` (theory.md B7).
+
+    On deterministic transitions ``log π* + t u`` is additive, so its soft plan has this law (I14).
+
+    Args:
+        t: shape ``(…)``, which becomes the batch in front of that of ``logits``.
+    """
+    _check_deterministic(mdp)
+    star = (solution or solve(mdp)).log_policy
+    terms = residual_terms(mdp, logits)
+    steps = t.reshape(*t.shape, *(1 for _ in terms[0].shape))
+    tilted = tuple(
+        torch.where(valid, torch.where(valid, log, 0.0) + steps * u, 0.0)
+        for valid, log, u in zip(mdp.valid, star, terms, strict=True)
+    )
+    return tuple(soft_policy(table) for table in soft_plan(mdp, tilted))
+
+
+def _both_kappas(
+    mdp: RegularizedMDP, logits: PerLayerStateAction, mu: Data, solution: Solution | None
+) -> tuple[Scalars, Scalars]:
+    _check_deterministic(mdp)
+    policy = tuple(soft_policy(table) for table in admissible_logits(mdp, logits))
+    return kappa(mdp, (solution or solve(mdp)).log_policy, mu), kappa(mdp, policy, mu)
+
+
+def _product(mdp: RegularizedMDP, roots: list[Scalars], loss: Scalars) -> Scalars:
+    coefficient = roots[0] + roots[1]
+    return torch.where(coefficient < torch.inf, mdp.beta * coefficient * loss.sqrt(), torch.inf)
+
+
+def _check_deterministic(mdp: RegularizedMDP) -> None:
+    if not mdp.is_deterministic:
+        raise InvalidInputError("mdp", "expected deterministic transitions")

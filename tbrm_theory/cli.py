@@ -226,10 +226,21 @@ def _print_evaluation(console: Console, case: Path, mdp: RegularizedMDP, result:
     for name, found in result["policies"].items():
         _row(policies, name, *(found[key] for key in _POLICY))
     console.print(policies)
+    _print_losses(console, result)
+    coverage = _table(
+        "Coverage: how well the data behind | cover the policy before", "policy | data", *_COVERAGE, numbers=_COVERAGE
+    )
+    for name, found in result["coverage"].items():
+        _row(coverage, name, *(found[key] for key in _COVERAGE))
+    console.print(coverage)
+
+
+def _print_losses(console: Console, result: dict[str, Any]) -> None:
     if not result["losses"]:
         return
     bounds = _table("Logits (reward units)", "logits", *_LOGITS, numbers=_LOGITS)
-    losses = _table("Population losses (units of beta, squared)", "logits", "behaviour", *_LOSSES, numbers=_LOSSES)
+    title = "Population losses (units of beta, squared) and the bound of Theorem 2 on the regret (reward units)"
+    losses = _table(title, "logits", "behaviour", *_LOSSES, numbers=_LOSSES)
     for name, found in result["losses"].items():
         _row(bounds, name, *(found[key] for key in _LOGITS))
         for behaviour, loss in found["by_behaviour"].items():
@@ -240,7 +251,8 @@ def _print_evaluation(console: Console, case: Path, mdp: RegularizedMDP, result:
 
 _POLICY = ("objective", "regret", "kl_to_reference")
 _LOGITS = ("objective", "regret", "corollary4")
-_LOSSES = ("tbrm", "brm")
+_LOSSES = ("tbrm", "brm", "theorem2")
+_COVERAGE = ("kappa", "lemma1", "corollary6", "c_inf", "second_moment")
 
 
 def _print_optimum(console: Console, result: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -28,10 +29,12 @@ from tbrm_theory.shapes import PerLayerStateAction, Scalars
 
 __all__ = [
     "ChangeOfMeasure",
+    "Data",
     "behaviour_occupancy",
     "c_inf",
     "change_of_measure",
     "chi_square",
+    "data_behaviour",
     "kappa",
     "kappa_closed_form",
     "kappa_linear_solve",
@@ -40,7 +43,7 @@ __all__ = [
     "second_moment",
 ]
 
-Data = PerLayerStateAction | Behaviour
+Data: TypeAlias = PerLayerStateAction | Behaviour
 """Tables ``log μ`` of a Markov policy, or any behaviour."""
 
 
@@ -74,7 +77,7 @@ def change_of_measure(mdp: RegularizedMDP, log_pi: PerLayerStateAction, mu: Data
     Raises:
         InvalidInputError: tables that are no policies of this problem, or a problem too large for a moment matrix.
     """
-    pi, data = _checked(mdp, log_pi), _behaviour(mdp, mu)
+    pi, data = _checked(mdp, log_pi), data_behaviour(mdp, mu)
     d_pi, d_mu = log_occupancy(mdp, pi), behaviour_occupancy(mdp, data)
     ratio = _largest_ratio(d_pi, d_mu)
     return ChangeOfMeasure(
@@ -88,7 +91,7 @@ def change_of_measure(mdp: RegularizedMDP, log_pi: PerLayerStateAction, mu: Data
 
 def kappa(mdp: RegularizedMDP, log_pi: PerLayerStateAction, mu: Data) -> Scalars:
     """``κ(π,μ)`` (I12): in closed form for Markov data, from the moment matrix for all others."""
-    pi, data = _checked(mdp, log_pi), _behaviour(mdp, mu)
+    pi, data = _checked(mdp, log_pi), data_behaviour(mdp, mu)
     parts = data.components
     if parts is not None and len(parts) == 1:
         return kappa_closed_form(mdp, pi, parts[0][1])
@@ -97,13 +100,13 @@ def kappa(mdp: RegularizedMDP, log_pi: PerLayerStateAction, mu: Data) -> Scalars
 
 def kappa_linear_solve(mdp: RegularizedMDP, log_pi: PerLayerStateAction, mu: Data) -> Scalars:
     """``κ(π,μ) = vᵀ M⁺ v`` (I12), for any data."""
-    pi, data = _checked(mdp, log_pi), _behaviour(mdp, mu)
+    pi, data = _checked(mdp, log_pi), data_behaviour(mdp, mu)
     return largest_mean_square(moment_form(mdp, data), log_occupancy(mdp, pi).state_action)
 
 
 def second_moment(mdp: RegularizedMDP, log_pi: PerLayerStateAction, mu: Data) -> Scalars:
     """``Λ(π,μ)`` (B3), the largest generalised eigenvalue of the moment matrices of ``π`` and ``μ``."""
-    pi, data = _checked(mdp, log_pi), _behaviour(mdp, mu)
+    pi, data = _checked(mdp, log_pi), data_behaviour(mdp, mu)
     return largest_second_moment(moment_form(mdp, data), moment_form(mdp, MarkovBehaviour(pi)))
 
 
@@ -158,12 +161,12 @@ def chi_square(log_p: Sequence[Tensor], log_q: Sequence[Tensor]) -> tuple[Scalar
 
 def lemma1(mdp: RegularizedMDP, log_pi: PerLayerStateAction, mu: Data) -> Scalars:
     """``1 + Σ_h χ²(d^π_h(s,a) ‖ d^μ_h(s,a))``: at least ``κ`` for Markov data ([Y] Lemma 1, B1)."""
-    return _lemma1(log_occupancy(mdp, _checked(mdp, log_pi)), behaviour_occupancy(mdp, _behaviour(mdp, mu)))
+    return _lemma1(log_occupancy(mdp, _checked(mdp, log_pi)), behaviour_occupancy(mdp, data_behaviour(mdp, mu)))
 
 
 def c_inf(mdp: RegularizedMDP, log_pi: PerLayerStateAction, mu: Data) -> Scalars:
     """``C_∞ = max_{h,s,a} d^π_h(s,a)/d^μ_h(s,a)`` over the pairs that ``π`` visits."""
-    return _largest_ratio(log_occupancy(mdp, _checked(mdp, log_pi)), behaviour_occupancy(mdp, _behaviour(mdp, mu)))
+    return _largest_ratio(log_occupancy(mdp, _checked(mdp, log_pi)), behaviour_occupancy(mdp, data_behaviour(mdp, mu)))
 
 
 def behaviour_occupancy(mdp: RegularizedMDP, behaviour: Behaviour) -> LogOccupancy:
@@ -243,7 +246,8 @@ def _checked(mdp: RegularizedMDP, log_pi: PerLayerStateAction) -> PerLayerStateA
     return log_pi
 
 
-def _behaviour(mdp: RegularizedMDP, mu: Data) -> Behaviour:
+def data_behaviour(mdp: RegularizedMDP, mu: Data) -> Behaviour:
+    """``mu`` as a behaviour: tables become Markov data, once they are checked."""
     if isinstance(mu, tuple):
         check_policy(mdp, mu, "mu")
         return MarkovBehaviour(mu)

@@ -1,9 +1,9 @@
 """Every exact quantity of an instance as one JSON object: what ``tbrm evaluate --json`` prints (design.md).
 
-Tables are nested ``[layer][state][action]`` in the file's own shape. Everything is in reward units, ``v_star``
-and ``q_star`` too (``beta`` times the values that ``solve`` returns), except that ``kl_to_reference`` is in nats
-and losses are squares of residuals in units of ``beta``. An infinite quantity is the string ``"inf"`` or ``"-inf"``; NaN never
-occurs.
+Tables are nested ``[layer][state][action]`` in the file's own shape. Everything is in reward units, ``v_star`` and ``q_star`` too
+(``beta`` times the values that ``solve`` returns), except that ``kl_to_reference`` is in nats, losses are squares of residuals in
+units of ``beta``, and coefficients of coverage are pure numbers. An infinite quantity is the string ``"inf"`` or ``"-inf"``; what is
+not defined is null; NaN never occurs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from tbrm_theory.behaviours import Behaviour, MarkovBehaviour, MixtureBehaviour
-from tbrm_theory.bounds import corollary4
+from tbrm_theory.bounds import corollary4, theorem2
+from tbrm_theory.coverage import c_inf, kappa, lemma1, second_moment
 from tbrm_theory.dynamic_programming import (
     Solution,
     kl_to_reference,
@@ -24,6 +25,7 @@ from tbrm_theory.dynamic_programming import (
     solve,
 )
 from tbrm_theory.instance import Instance
+from tbrm_theory.moments import MOST_PAIRS
 from tbrm_theory.population import population_loss
 from tbrm_theory.shapes import PerLayerStateAction
 
@@ -63,6 +65,7 @@ def evaluate_instance(instance: Instance) -> dict[str, Any]:
             for name, log_policy in instance_policies(instance, solution).items()
         },
         "losses": {name: _evaluate_logits(instance, solution, logits) for name, logits in instance.logits.items()},
+        "coverage": _evaluate_coverage(instance, solution),
     }
 
 
@@ -81,10 +84,33 @@ def _evaluate_logits(instance: Instance, solution: Solution, logits: PerLayerSta
         "regret": _scalar(regret(mdp, log_policy, solution=solution)),
         "corollary4": _scalar(corollary4(mdp, logits, solution=solution)),
         "by_behaviour": {
-            name: {loss: _scalar(population_loss(mdp, logits, behaviour, loss=loss)) for loss in ("tbrm", "brm")}
+            name: {
+                "tbrm": _scalar(population_loss(mdp, logits, behaviour, loss="tbrm")),
+                "brm": _scalar(population_loss(mdp, logits, behaviour, loss="brm")),
+                "theorem2": _scalar(theorem2(mdp, logits, behaviour, solution=solution))
+                if mdp.is_deterministic
+                else None,
+            }
             for name, behaviour in instance_behaviours(instance, solution).items()
         },
     }
+
+
+def _evaluate_coverage(instance: Instance, solution: Solution) -> dict[str, Any]:
+    """Every policy against all data; ``second_moment`` is null where its matrix would be too large."""
+    mdp = instance.mdp
+    small = sum(table.numel() for table in mdp.reference) <= MOST_PAIRS
+    table: dict[str, Any] = {}
+    for pi, log_policy in instance_policies(instance, solution).items():
+        for mu, behaviour in instance_behaviours(instance, solution).items():
+            table[f"{pi}|{mu}"] = {
+                "kappa": _scalar(kappa(mdp, log_policy, behaviour)),
+                "lemma1": _scalar(lemma1(mdp, log_policy, behaviour)),
+                "corollary6": _scalar(mdp.horizon * c_inf(mdp, log_policy, behaviour)),
+                "c_inf": _scalar(c_inf(mdp, log_policy, behaviour)),
+                "second_moment": _scalar(second_moment(mdp, log_policy, behaviour)) if small else None,
+            }
+    return table
 
 
 def _scalar(value: Tensor) -> float | str:

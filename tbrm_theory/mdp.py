@@ -105,15 +105,21 @@ class RegularizedMDP:
         shapes = batch_shapes(self.beta, self.initial, self.reward, self.reference, self.transitions)
         return torch.Size(torch.broadcast_shapes(*shapes))
 
-    @property
-    def is_deterministic(self) -> bool:
-        """Whether every transition is declared deterministic (a table of successors)."""
-        return all(isinstance(kernel, DeterministicTransition) for kernel in self.transitions)
-
     @cached_property
     def valid(self) -> PerLayerMask:
         """Which actions exist, ``(…, S_h, A_h)``."""
         return per_distinct_layer(lambda reference: reference > 0, self.reference)
+
+    @cached_property
+    def is_deterministic(self) -> bool:
+        """Whether every existing action leads to one state for certain, whatever kind of kernel says so."""
+
+        def certain(valid: Tensor, kernel: Transition) -> bool:
+            if isinstance(kernel, DeterministicTransition):
+                return True
+            return bool(torch.where(valid, kernel.edges()[1].amax(-1) == 1, True).all())
+
+        return all(per_distinct_layer(certain, self.valid[:-1], self.transitions))
 
     @cached_property
     def log_reference(self) -> PerLayerStateAction:

@@ -7,7 +7,7 @@ themselves are one file for each section of theory.md, imported here so that the
 
 from __future__ import annotations
 
-from tbrm_theory.claims import identities, loss_identities, residual_identities
+from tbrm_theory.claims import identities, loss_identities, measure_change, residual_identities
 from tbrm_theory.claims.cases import Case, make_case
 from tbrm_theory.claims.comparison import Comparison
 from tbrm_theory.claims.registry import CLAIMS, Claim, select
@@ -26,5 +26,5 @@ __all__ = [
     "verify",
 ]
 
-REGISTERED_IN = (identities, residual_identities, loss_identities)
+REGISTERED_IN = (identities, residual_identities, loss_identities, measure_change)
 """The modules whose import adds claims to :data:`CLAIMS`."""

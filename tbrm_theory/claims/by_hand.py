@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tbrm_theory.claims.cases import Case
@@ -21,16 +21,20 @@ __all__ = [
     "entropic_values",
     "existing",
     "expectation",
+    "largest_mean_square",
+    "largest_second_moment",
     "log_sum_by_start",
     "log_sum_exp",
     "magnitude",
     "mean_by_start",
     "residual",
     "return_in_beta",
+    "second_moments",
     "size",
     "successor_variance",
     "sum_over_states",
     "values",
+    "visited",
 ]
 
 PerTrajectory = Float[Tensor, "... trajectories"]
@@ -130,6 +134,63 @@ def log_sum_by_start(case: Case, exponents: PerTrajectory) -> StateTable:
     top = exponents.new_full((*batch, states), -torch.inf).scatter_reduce(-1, index, exponents, "amax")
     total = exponents.new_zeros(*batch, states).index_add(-1, start, (exponents - top[..., start]).exp())
     return torch.where(total > 0, top, 0.0) + total.log()
+
+
+# -- quadratic forms over trajectories -----------------------------------------------------------------------------
+
+
+def visited(case: Case) -> tuple[Int[Tensor, "trajectories horizon"], Int[Tensor, " pairs"]]:
+    """The pairs ``(h, s, a)`` that some trajectory has, numbered: which ones each trajectory has, and all of them."""
+    sizes = torch.tensor([table.numel() for table in case.mdp.reference])
+    widths = torch.tensor([table.shape[-1] for table in case.mdp.reference])
+    cells = sizes.cumsum(0) - sizes + case.listed.states * widths + case.listed.actions
+    found, number = cells.unique(return_inverse=True)
+    return number, found
+
+
+def second_moments(case: Case, law: PerTrajectory) -> Float[Tensor, "... pairs pairs"]:
+    """``E[φφᵀ]`` over the visited pairs: how likely a trajectory has both."""
+    number, found = visited(case)
+    both = (number.unsqueeze(-1) * len(found) + number.unsqueeze(-2)).flatten()
+    weight = law.unsqueeze(-1).expand(*law.shape, case.mdp.horizon**2).flatten(-2)
+    total = law.new_zeros(*law.shape[:-1], len(found) ** 2).index_add(-1, both, weight)
+    return total.unflatten(-1, (len(found), len(found)))
+
+
+def largest_mean_square(
+    case: Case, log_pi: PerLayerStateAction, log_mu: PerLayerStateAction
+) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
+    """``vᵀ M⁺ v``, ``v = E_π φ``, ``M = E_μ[φφᵀ]``, and the condition number of ``M`` scaled to unit diagonal, off its null space."""
+    root, values, vectors = _whitened(case, log_mu)
+    number, found = visited(case)
+    law = case.listed.log_law(log_pi).exp()
+    weight = law.unsqueeze(-1).expand(*law.shape, case.mdp.horizon).flatten(-2)
+    v = law.new_zeros(*law.shape[:-1], len(found)).index_add(-1, number.flatten(), weight) / root
+    along = (vectors.transpose(-1, -2) @ v.unsqueeze(-1)).squeeze(-1)
+    return (along.square() / values).sum(-1), _condition(values)
+
+
+def largest_second_moment(
+    case: Case, log_pi: PerLayerStateAction, log_mu: PerLayerStateAction
+) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
+    """The largest ``λ`` with ``M_π f = λ M_μ f``, off the null space of ``M_μ``, and the condition number as above."""
+    root, values, vectors = _whitened(case, log_mu)
+    matrix = second_moments(case, case.listed.log_law(log_pi).exp())
+    whitening = vectors / (root.unsqueeze(-1) * values.sqrt().unsqueeze(-2))
+    inner = whitening.transpose(-1, -2) @ matrix @ whitening
+    return torch.linalg.eigvalsh(inner)[..., -1], _condition(values)
+
+
+def _whitened(case: Case, log_mu: PerLayerStateAction) -> tuple[Tensor, Tensor, Tensor]:
+    """Roots of the masses under μ; eigenvalues, those of the null space ``inf``, and eigenvectors of ``M`` with unit diagonal."""
+    matrix = second_moments(case, case.listed.log_law(log_mu).exp())
+    root = matrix.diagonal(dim1=-2, dim2=-1).sqrt()
+    values, vectors = torch.linalg.eigh(matrix / (root.unsqueeze(-1) * root.unsqueeze(-2)))
+    return root, torch.where(values > 1e-11, values, torch.inf), vectors
+
+
+def _condition(values: Tensor) -> Tensor:
+    return torch.where(values < torch.inf, values, 0.0).amax(-1) / values.amin(-1)
 
 
 # -- how large the terms are (see ``comparison``) ------------------------------------------------------------------

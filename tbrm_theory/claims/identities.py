@@ -23,11 +23,7 @@ __all__ = ["deterministic", "stochastic"]
 
 
 def deterministic(case: Case) -> str | None:
-    """Every existing action leads to one state for certain, whatever kind of kernel says so."""
-    for valid, kernel in zip(case.mdp.valid, case.mdp.transitions, strict=False):
-        if bool((kernel.edges()[1][valid].amax(-1) < 1).any()):
-            return "stochastic transitions"
-    return None
+    return None if case.mdp.is_deterministic else "stochastic transitions"
 
 
 def stochastic(case: Case) -> str | None:
