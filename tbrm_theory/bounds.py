@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from tbrm_theory.behaviours import Behaviour
@@ -112,12 +114,16 @@ def path_policy(
 def _both_kappas(
     mdp: RegularizedMDP, logits: PerLayerStateAction, mu: Data, solution: Solution | None
 ) -> tuple[Scalars, Scalars]:
+    """``κ(π*,μ)`` and ``κ(π_θ,μ)``, with the data looked at once."""
     _check_deterministic(mdp)
     policy = tuple(soft_policy(table) for table in admissible_logits(mdp, logits))
-    return kappa(mdp, (solution or solve(mdp)).log_policy, mu), kappa(mdp, policy, mu)
+    star = (solution or solve(mdp)).log_policy
+    pairs = [torch.stack(torch.broadcast_tensors(*tables)) for tables in zip(star, policy, strict=True)]
+    both = kappa(mdp, tuple(pairs), mu)
+    return both[0], both[1]
 
 
-def _product(mdp: RegularizedMDP, roots: list[Scalars], loss: Scalars) -> Scalars:
+def _product(mdp: RegularizedMDP, roots: Sequence[Scalars], loss: Scalars) -> Scalars:
     coefficient = roots[0] + roots[1]
     return torch.where(coefficient < torch.inf, mdp.beta * coefficient * loss.sqrt(), torch.inf)
 

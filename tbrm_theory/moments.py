@@ -76,6 +76,16 @@ class MomentForm:
         return (torch.linalg.eigvalsh(self.even) > _RANK).sum(-1)
 
     @cached_property
+    def null_functions(self) -> Matrix:
+        """A basis of the null space: a column is 1 on one dependent pair and rests on independent ones; others are 0."""
+        root = (0.5 * self.log_even.diagonal(dim1=-2, dim2=-1)).exp()
+        rows = (
+            zip(self.even.flatten(0, -3), root.flatten(0, -2), strict=True) if root.dim() > 1 else [(self.even, root)]
+        )
+        found = [_null_functions(*(table.numpy(force=True) for table in row)) for row in rows]
+        return torch.from_numpy(np.stack(found)).to(root.device).reshape(self.even.shape)
+
+    @cached_property
     def spectrum(self) -> tuple[Float[Tensor, "... pairs"], Matrix]:
         """Eigenvalues of the scaled matrix, those outside the range ``inf``, and eigenvectors; no gradient."""
         values, vectors = torch.linalg.eigh(self.scaled.detach())
@@ -167,40 +177,35 @@ def scaled_by(log_matrix: Matrix, log_mass: Float[Tensor, "... pairs"]) -> Matri
 def _in_range(form: MomentForm, log_v: Float[Tensor, "... pairs"]) -> Bool[Tensor, "..."]:
     """Whether ``v = exp log_v`` is in the range of ``M``.
 
-    Every null vector is a combination of some that are 1 on one dependent pair and rest on independent ones; each is tried
-    against the size of its own terms, so that what is rare is not drowned by what is frequent.
+    Each function of a basis of the null space is tried against the size of its own terms, so that what is rare is not drowned
+    by what is frequent.
     """
     batch = torch.broadcast_shapes(form.covered.shape[:-1], log_v.shape[:-1])
     inside = ~((log_v > -torch.inf) & ~form.covered).any(-1).expand(batch)
     if form.markov or not bool(inside.any()):
         return inside
-    root = (0.5 * form.log_even.diagonal(dim1=-2, dim2=-1)).exp()
-    count, pairs = inside.numel(), log_v.shape[-1]
-    rows = zip(
-        form.even.expand(*batch, pairs, pairs).reshape(count, pairs, pairs).numpy(force=True),
-        root.expand(*batch, pairs).reshape(count, pairs).numpy(force=True),
-        log_v.exp().expand(*batch, pairs).reshape(count, pairs).numpy(force=True),
-        strict=True,
-    )
-    tried = torch.tensor([_orthogonal_to_null_space(*row) for row in rows], device=inside.device)
-    return inside & tried.reshape(batch)
+    v, null = log_v.detach().exp().unsqueeze(-2), form.null_functions
+    gap, terms = (v @ null).abs(), v @ null.abs()
+    return inside & (gap <= _ROUNDING * terms).all(-1).squeeze(-1)
 
 
-def _orthogonal_to_null_space(even: Doubles, root: Doubles, v: Doubles) -> bool:
-    covered = root > 0
-    matrix, root, v = even[np.ix_(covered, covered)], root[covered], v[covered]
+def _null_functions(even: Doubles, root: Doubles) -> Doubles:
+    """Of one evenly spread matrix with unit diagonal, and the roots of its masses: one column for each dependent pair."""
+    found = np.zeros_like(even)
+    covered = np.flatnonzero(root > 0)
+    matrix = even[np.ix_(covered, covered)]
     _, triangle, order = scipy.linalg.qr(matrix, pivoting=True)
     rank = int((np.abs(np.diag(triangle)) > _RANK).sum())
     independent, dependent = order[:rank], order[rank:]
-    if not len(dependent):
-        return True
-    block = matrix[np.ix_(independent, independent)]
-    weights = scipy.linalg.solve(block, matrix[np.ix_(independent, dependent)], assume_a="pos")
-    weights *= root[dependent] / root[independent][:, None]
-    weights[np.abs(weights) < _RANK] = 0.0
-    terms = weights * v[independent][:, None]
-    gap = np.abs(v[dependent] - terms.sum(0))
-    return bool((gap <= _ROUNDING * (v[dependent] + np.abs(terms).sum(0))).all())
+    if len(dependent):
+        block = matrix[np.ix_(independent, independent)]
+        weights = scipy.linalg.solve(block, matrix[np.ix_(independent, dependent)], assume_a="pos")
+        independent, dependent = covered[independent], covered[dependent]
+        weights *= root[dependent] / root[independent][:, None]
+        weights[np.abs(weights) < _RANK] = 0.0
+        found[np.ix_(independent, dependent)] = -weights
+        found[dependent, dependent] = 1.0
+    return found
 
 
 def _covers(data: MomentForm, target: MomentForm) -> Bool[Tensor, "..."]:

@@ -7,7 +7,14 @@ themselves are one file for each section of theory.md, imported here so that the
 
 from __future__ import annotations
 
-from tbrm_theory.claims import identities, loss_identities, measure_change, residual_identities
+from tbrm_theory.claims import (
+    identities,
+    linearisation,
+    loss_identities,
+    measure_change,
+    regret_bounds,
+    residual_identities,
+)
 from tbrm_theory.claims.cases import Case, make_case
 from tbrm_theory.claims.comparison import Comparison
 from tbrm_theory.claims.registry import CLAIMS, Claim, select
@@ -26,5 +33,5 @@ __all__ = [
     "verify",
 ]
 
-REGISTERED_IN = (identities, residual_identities, loss_identities, measure_change)
+REGISTERED_IN = (identities, residual_identities, loss_identities, measure_change, linearisation, regret_bounds)
 """The modules whose import adds claims to :data:`CLAIMS`."""

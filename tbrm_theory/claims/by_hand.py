@@ -7,6 +7,7 @@ occupancies, the scores and the losses that it is compared with. A batch dimensi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float, Int
@@ -139,6 +140,7 @@ def log_sum_by_start(case: Case, exponents: PerTrajectory) -> StateTable:
 # -- quadratic forms over trajectories -----------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=1)
 def visited(case: Case) -> tuple[Int[Tensor, "trajectories horizon"], Int[Tensor, " pairs"]]:
     """The pairs ``(h, s, a)`` that some trajectory has, numbered: which ones each trajectory has, and all of them."""
     sizes = torch.tensor([table.numel() for table in case.mdp.reference])
