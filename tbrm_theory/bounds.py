@@ -8,14 +8,29 @@ import torch
 
 from tbrm_theory.behaviours import Behaviour
 from tbrm_theory.coverage import Data, data_behaviour, kappa
-from tbrm_theory.dynamic_programming import Solution, admissible_logits, bellman_operator, soft_policy, solve
+from tbrm_theory.dynamic_programming import (
+    Solution,
+    admissible_logits,
+    bellman_operator,
+    check_policy,
+    soft_policy,
+    solve,
+)
 from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.mdp import RegularizedMDP
 from tbrm_theory.occupancy import enumerate_trajectories, occupancy
 from tbrm_theory.population import additive_moments, population_loss, residual_terms, soft_plan
 from tbrm_theory.shapes import PerLayerStateAction, Scalars
 
-__all__ = ["centred_loss", "corollary4", "path_policy", "theorem2", "theorem2_centred"]
+__all__ = [
+    "centred_loss",
+    "corollary4",
+    "path_policy",
+    "support_bound",
+    "support_problem",
+    "theorem2",
+    "theorem2_centred",
+]
 
 
 def corollary4(mdp: RegularizedMDP, logits: PerLayerStateAction, *, solution: Solution | None = None) -> Scalars:
@@ -88,6 +103,48 @@ def centred_loss(mdp: RegularizedMDP, logits: PerLayerStateAction, mu: Data) -> 
     mean = sum((weight * part.mean for weight, part in parts), torch.zeros_like(mdp.initial))
     spread = [weight * (part.variance + (part.mean - mean).square()) for weight, part in parts]
     return (mdp.initial * sum(spread, torch.zeros_like(mdp.initial))).sum(-1)
+
+
+def support_problem(mdp: RegularizedMDP, log_mu: PerLayerStateAction) -> RegularizedMDP:
+    """The problem whose actions are those that ``μ`` takes; every policy on them has the ``J_β`` that it has in ``mdp`` (own).
+
+    ``π_ref`` is conditioned on those actions, and the logarithm of what it had there is added to the reward, in units of ``β``: so
+    ``R_β`` stays. States that ``μ`` never reaches, but gives actions in, stay too.
+
+    Raises:
+        InvalidInputError: ``μ`` is no policy of this problem, or takes actions that do not exist.
+    """
+    check_policy(mdp, log_mu, "log_mu")
+    kept = [torch.where(log > -torch.inf, reference, 0.0) for log, reference in zip(log_mu, mdp.reference, strict=True)]
+    share = [table.sum(-1, keepdim=True) for table in kept]
+    if any(bool((total == 0).any()) for total in share):
+        raise InvalidInputError("log_mu", "expected an action that exists in every state")
+    beta = mdp.beta[..., None, None]
+    return RegularizedMDP(
+        beta=mdp.beta,
+        initial=mdp.initial,
+        reward=[reward + beta * total.log() for reward, total in zip(mdp.reward, share, strict=True)],
+        reference=[table / total for table, total in zip(kept, share, strict=True)],
+        transitions=mdp.transitions,
+    )
+
+
+def support_bound(mdp: RegularizedMDP, logits: PerLayerStateAction, log_mu: PerLayerStateAction) -> Scalars:
+    """What masking to the data's support costs, and Theorem 2 on it (own; O3), ``(…)``: finite where ``μ`` omits actions.
+
+    With ``E`` the trajectories on the support of ``μ`` and ``π_θ`` the softmax over its actions alone,
+    ``J_β(π*) - J_β(π_θ) ≤ β E_ρ log 1/P_{π*}(E|s_1) + β(√(κ(π*_E,μ) - 1) + √(κ(π_θ,μ) - 1)) √E_μ Var_μ(f_θ|s_1)``,
+    ``π*_E`` the optimum given ``E``. The first term is what the missing actions are worth; Theorem 2 itself is infinite there.
+    *Proof.* ``support_problem`` keeps every ``J_β``, its optimum has the law ``P_{π*}(·|E)`` and the objective
+    ``J_β(π*) + β E_ρ log P_{π*}(E|s_1)`` (I2, the Gibbs form), and the rest is B5 in it. ∎
+
+    Raises:
+        InvalidInputError: stochastic transitions; malformed logits or policy.
+    """
+    _check_deterministic(mdp)
+    inner = support_problem(mdp, log_mu)
+    lost = solve(mdp).objective - solve(inner).objective
+    return lost.clamp(min=0) + theorem2_centred(inner, logits, log_mu)
 
 
 def path_policy(

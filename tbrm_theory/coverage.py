@@ -214,20 +214,18 @@ def _largest_ratio(d_pi: LogOccupancy, d_mu: LogOccupancy) -> Scalars:
 def _squared_difference(log_weight: Tensor, log_p: Tensor, log_q: Tensor, counts: Tensor) -> Tensor:
     """``(weight · (p - q))² / q`` where it counts: 0 for 0/0, ``inf`` for a positive ``p`` over 0.
 
-    It is the square of ``weight √q · (p/q - 1)``, formed from logarithms: neither ``p - q`` cancels nor does a tiny ``q``
+    It is the square of ``weight √q |p/q - 1|``, formed from logarithms: neither ``p - q`` cancels nor does a tiny ``q``
     underflow.
     """
     log_weight, log_p, log_q, counts = torch.broadcast_tensors(log_weight, log_p, log_q, counts)
     uncovered = counts & (log_p > -torch.inf) & ((log_q == -torch.inf) | (log_weight == torch.inf))
     usable = counts & (log_q > -torch.inf) & (log_weight < torch.inf)
-    exponent = torch.where(usable, log_weight + 0.5 * log_q, -torch.inf)
     present = usable & (log_p > -torch.inf)
-    delta = torch.where(present, log_p, 0.0) - torch.where(present, log_q, 0.0)  # log p/q
-    near = present & (delta.abs() < 1)
-    small = exponent.exp() * torch.where(near, delta, 0.0).expm1()
-    large = (exponent + torch.where(present & ~near, delta, 0.0)).exp() - exponent.exp()
-    root = torch.where(present, torch.where(near, small, large), -exponent.exp())
-    return torch.where(uncovered, torch.inf, torch.where(usable, root, 0.0).square())
+    log_ratio = torch.where(present, log_p, 0.0) - torch.where(present, log_q, 0.0)
+    larger = torch.where(usable, log_weight + 0.5 * log_q, 0.0) + log_ratio.clamp(min=0)
+    share = torch.where(present, -(-log_ratio.abs()).expm1(), 1.0)  # |p - q| over the larger of both
+    root = torch.where(usable & (share > 0), larger.exp() * share, 0.0)
+    return torch.where(uncovered, torch.inf, root.square())
 
 
 def _log_sum(logs: Tensor, dim: int = 0) -> Tensor:

@@ -12,6 +12,7 @@ from tbrm_theory.claims import (
     linearisation,
     loss_identities,
     measure_change,
+    own,
     regret_bounds,
     residual_identities,
 )
@@ -33,5 +34,5 @@ __all__ = [
     "verify",
 ]
 
-REGISTERED_IN = (identities, residual_identities, loss_identities, measure_change, linearisation, regret_bounds)
+REGISTERED_IN = (identities, residual_identities, loss_identities, measure_change, linearisation, regret_bounds, own)
 """The modules whose import adds claims to :data:`CLAIMS`."""
