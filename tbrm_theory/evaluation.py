@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tbrm_theory.behaviours import Behaviour, MarkovBehaviour, MixtureBehaviour
@@ -98,19 +99,24 @@ def _evaluate_logits(instance: Instance, solution: Solution, logits: PerLayerSta
 
 def _evaluate_coverage(instance: Instance, solution: Solution) -> dict[str, Any]:
     """Every policy against all data; ``second_moment`` is null where its matrix would be too large."""
-    mdp = instance.mdp
+    mdp, policies = instance.mdp, instance_policies(instance, solution)
+    stacked = tuple(torch.stack(tables) for tables in zip(*policies.values(), strict=True))  # a batch: one call for all
     small = sum(table.numel() for table in mdp.reference) <= MOST_PAIRS
-    table: dict[str, Any] = {}
-    for pi, log_policy in instance_policies(instance, solution).items():
-        for mu, behaviour in instance_behaviours(instance, solution).items():
-            table[f"{pi}|{mu}"] = {
-                "kappa": _scalar(kappa(mdp, log_policy, behaviour)),
-                "lemma1": _scalar(lemma1(mdp, log_policy, behaviour)),
-                "corollary6": _scalar(mdp.horizon * c_inf(mdp, log_policy, behaviour)),
-                "c_inf": _scalar(c_inf(mdp, log_policy, behaviour)),
-                "second_moment": _scalar(second_moment(mdp, log_policy, behaviour)) if small else None,
-            }
-    return table
+    columns: dict[str, dict[str, Any]] = {}
+    for mu, behaviour in instance_behaviours(instance, solution).items():
+        ratio = c_inf(mdp, stacked, behaviour)
+        columns[mu] = {
+            "kappa": kappa(mdp, stacked, behaviour),
+            "lemma1": lemma1(mdp, stacked, behaviour),
+            "corollary6": mdp.horizon * ratio,
+            "c_inf": ratio,
+            "second_moment": second_moment(mdp, stacked, behaviour) if small else None,
+        }
+    return {
+        f"{pi}|{mu}": {name: None if values is None else _scalar(values[i]) for name, values in found.items()}
+        for i, pi in enumerate(policies)
+        for mu, found in columns.items()
+    }
 
 
 def _scalar(value: Tensor) -> float | str:
