@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
+import scipy.optimize
 import torch
 from problems import random_logits, random_policy, random_problem
 
@@ -49,6 +51,22 @@ def test_lbfgs_reaches_the_optimum_by_either_loss(loss: str) -> None:
     assert bool(minimum.converged.all())
     assert bool((exact_regret(mdp, tabular.logits(minimum.theta), solve(mdp)) < 1e-10).all())
     assert not bool(lbfgs(objective, tabular, start, loss=loss, iterations=3).converged.any())
+
+
+def test_lbfgs_that_ran_out_of_evaluations_has_not_converged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SciPy has two limits; at that on evaluations, which line searches use up, the iterations are fewer than theirs."""
+    minimise = scipy.optimize.minimize
+
+    def few_evaluations(*arguments: Any, options: dict[str, Any], **others: Any) -> Any:
+        return minimise(*arguments, options=options | {"maxfun": 3}, **others)
+
+    monkeypatch.setattr(scipy.optimize, "minimize", few_evaluations)
+    mdp = random_problem("deterministic", 1)
+    tabular = Tabular(mdp)
+    objective = PopulationObjective(mdp, MarkovBehaviour(random_policy(mdp, 5)))
+    found = lbfgs(objective, tabular, tabular.initial(1, torch.Generator().manual_seed(0)), iterations=50)
+    assert found.iterations < 50
+    assert not bool(found.converged.any())
 
 
 def test_least_squares_plan_is_the_optimum_on_covering_data_and_the_minimum_on_noisy() -> None:

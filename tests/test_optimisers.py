@@ -490,6 +490,40 @@ def test_a_seed_does_not_see_the_others(route: int, monkeypatch: pytest.MonkeyPa
     assert (together.theta[1] - together.theta[2]).abs().max() > 1e-3  # gauge and chance: no common place
 
 
+@routes
+def test_a_seed_that_stopped_stays_stopped(route: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch takes as many iterations as its slowest seed: one that is done is neither forgotten nor started again."""
+    monkeypatch.setattr(optimisers, "DENSE_LIMIT", route)
+    mdp = random_problem("dense", 1)
+    table, batch = Tabular(mdp), sample_trajectories(mdp, mdp.log_reference, 60, generator(1))
+    noise = torch.randn(60, generator=generator(1), dtype=torch.float64)
+    objective = SampleObjective(mdp, batch, observed_return=SampleObjective(mdp, batch).returns + noise)
+    start = table.initial(6, generator(1), scale=2.0)
+    alone = [levenberg_marquardt(objective, table, seed.unsqueeze(0)).iterations for seed in start]
+    assert len(set(alone)) > 1
+    together = levenberg_marquardt(objective, table, start, iterations=max(alone) + 3)
+    assert together.converged.all()
+    assert together.iterations <= max(alone) + 2
+
+
+def test_a_system_that_cannot_be_solved_is_no_convergence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step is lost, the damping rises, and the next one is tried."""
+    monkeypatch.setattr(optimisers, "DENSE_LIMIT", DENSE)
+    factorise, calls = torch.linalg.cholesky_ex, []
+
+    def fails_at_first(matrix: Tensor) -> Any:
+        factor, info = factorise(matrix)
+        calls.append(info)
+        return factor, info + (len(calls) <= 2)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", fails_at_first)
+    mdp = random_problem("deterministic")
+    table, behaviour = Tabular(mdp), MarkovBehaviour(random_policy(mdp, 1))
+    found = levenberg_marquardt(PopulationObjective(mdp, behaviour), table, table.initial(2, generator()))
+    assert len(calls) > 2
+    assert (found.loss < 1e-20).all()
+
+
 def test_every_iteration_lowers_the_loss_or_changes_nothing() -> None:
     """What is reported after each step is what has been reached: the loss belongs to the parameters, and never rises."""
     mdp = random_problem("dense")
