@@ -20,7 +20,7 @@ from tbrm_theory.mdp import RegularizedMDP
 from tbrm_theory.occupancy import flatten_tables, unflatten_tables
 from tbrm_theory.population import LOSSES, soft_plan
 from tbrm_theory.shapes import PerLayerStateAction
-from tbrm_theory.tables import check_finite
+from tbrm_theory.tables import check_finite, check_shapes
 
 __all__ = ["Linear", "Network", "Parametrisation", "Tabular", "linear_features"]
 
@@ -102,6 +102,7 @@ class Tabular(Parametrisation):
 
     def parameters(self, logits: PerLayerStateAction) -> Parameters:
         """The parameters of given logits: the inverse of ``logits`` on the cells that matter."""
+        check_shapes(logits, self.mdp.reference, "logits")
         return flatten_tables(logits)[..., self.free]
 
     def moved(self, theta: Parameters, step: Parameters) -> Parameters:

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 import scipy.optimize
 import torch
@@ -145,3 +146,24 @@ def test_killed_run_resumes_to_the_same_bits(mode: str, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(tt.InvalidInputError, match="not a checkpoint"):
         fit(mdp, Tabular(mdp), config, objective=objective, checkpoint=path)
+
+
+def test_a_checkpoint_of_a_problem_of_another_size_is_refused(tmp_path: Path) -> None:
+    """One parameter for each seed would be broadcast over all of them."""
+    path, config = tmp_path / "run.safetensors", FitConfig(mode="online", steps=2, seeds=2, evaluations=1)
+    bandit = tt.make("one-state", horizon=1, actions=1)
+    assert Tabular(bandit).size == 1
+    fit(bandit, Tabular(bandit), config, checkpoint=path)
+    mdp = random_problem("deterministic", 1)
+    with pytest.raises(tt.InvalidInputError, match=r"expected parameters of shape \(2, \d+\), found \(2, 1\)"):
+        fit(mdp, Tabular(mdp), config, checkpoint=path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("mode", "off-line"), ("loss", "ppo"), ("learning_rate", float("inf")), ("learning_rate", 0.0)]
+)
+def test_settings_that_mean_nothing_are_refused(field: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mode misspelt would have trained on-policy."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the package's own checks must do
+    with pytest.raises(tt.InvalidInputError, match=rf"^{field}: expected "):
+        FitConfig(**{field: value})
