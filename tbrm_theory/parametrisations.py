@@ -179,7 +179,10 @@ def linear_features(
 
 
 class Network(Parametrisation):
-    """A two-layer tanh network on fixed random features of ``(h, s)``, one output for each action; all states share its weights."""
+    """Two layers of tanh on fixed random features of ``(h, s)``, and one output for each action; all states share the weights.
+
+    Each weight is its parameter over the root of the layer's inputs.
+    """
 
     def __init__(self, mdp: RegularizedMDP, generator: torch.Generator, *, features: int = 16, width: int = 32) -> None:
         for name, size in (("features", features), ("width", width)):
