@@ -465,6 +465,19 @@ def test_the_plan_of_a_sample_is_what_its_returns_say() -> None:
     assert plan[0].tolist() == pytest.approx(expected, rel=1e-13)
 
 
+def test_the_plan_weighs_pairs_by_their_share_of_the_data() -> None:
+    """What the data leave open: g_1 + g_2 = t on two trajectories, and of these the least E[g_1² + g_2²], by hand."""
+    mdp = make("one-state", horizon=2, actions=2, beta=0.5)
+    second = torch.tensor([0, 0, 0, 1])
+    actions = torch.stack([torch.zeros_like(second), second], dim=-1)
+    batch = TrajectoryBatch(torch.zeros_like(actions), actions, torch.ones_like(actions, dtype=torch.bool))
+    returns = torch.tensor([1.0, 1.0, 1.0, 4.0], dtype=torch.float64)
+    plan = least_squares_plan(SampleObjective(mdp, batch, observed_return=returns))
+    often, rarely = (y / 0.5 + 2 * math.log(0.5) for y in (1.0, 4.0))
+    first = (0.75 * often + 0.25 * rarely) / 2
+    assert plan[1][0].tolist() == pytest.approx([often - first, rarely - first], rel=1e-12)
+
+
 def test_a_plan_needs_deterministic_transitions() -> None:
     mdp = random_problem("dense")
     with pytest.raises(InvalidInputError, match=r"^mdp: expected deterministic transitions"):
