@@ -20,7 +20,7 @@ from tbrm_theory.dynamic_programming import check_policy
 from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.mdp import RegularizedMDP
 from tbrm_theory.occupancy import Enumeration
-from tbrm_theory.sampling import CumulativeRows, PolicyDraw, check_draw, policy_batch, roll_out
+from tbrm_theory.sampling import CumulativeRows, PolicyDraw, check_can_act, check_draw, policy_batch, roll_out
 from tbrm_theory.shapes import PerLayerStateAction
 from tbrm_theory.tables import normalised, safe_log
 from tbrm_theory.trajectories import (
@@ -140,6 +140,8 @@ class HistoryBehaviour:
 
     def sample(self, mdp: RegularizedMDP, count: int, generator: torch.Generator) -> TrajectoryBatch:
         check_draw(mdp, count, generator)
+        if self.repeat > 0:  # leads to states that the policy alone never sees
+            check_can_act(mdp, self.log_policy, "log_policy", visitor=mdp.log_reference)
         batch = policy_batch([self.log_policy])
         fresh = PolicyDraw(mdp, [self.log_policy], batch, count, generator)
 

@@ -249,4 +249,6 @@ def data_behaviour(mdp: RegularizedMDP, mu: Data) -> Behaviour:
     if isinstance(mu, tuple):
         check_policy(mdp, mu, "mu")
         return MarkovBehaviour(mu)
+    for _, log_policy in mu.components or []:
+        check_policy(mdp, log_policy, "mu")
     return mu

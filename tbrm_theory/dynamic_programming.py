@@ -29,7 +29,14 @@ from tbrm_theory.shapes import (
     StateActionTable,
     StateTable,
 )
-from tbrm_theory.tables import ROW_SUM_TOLERANCE, check_finite, first_index, per_distinct_layer
+from tbrm_theory.tables import (
+    ROW_SUM_TOLERANCE,
+    check_finite,
+    check_layers,
+    check_shapes,
+    first_index,
+    per_distinct_layer,
+)
 from tbrm_theory.transitions import Transition
 
 __all__ = [
@@ -115,7 +122,7 @@ def check_policy(mdp: RegularizedMDP, log_policy: PerLayerStateAction, where: st
     Raises:
         InvalidInputError: wrong number of layers or shape, NaN, or a row whose probabilities do not sum to 1 within 1e-9.
     """
-    _check_layers(mdp, log_policy, where)
+    check_layers(log_policy, mdp.reference, where)
     seen: set[int] = set()
     for h, table in enumerate(log_policy):
         if id(table) in seen:
@@ -136,7 +143,7 @@ def admissible_logits(mdp: RegularizedMDP, logits: PerLayerStateAction, where: s
     Raises:
         InvalidInputError: wrong number of layers or shape, or a logit of an existing action that is not finite.
     """
-    _check_layers(mdp, logits, where)
+    check_shapes(logits, mdp.reference, where)
     names = {id(table): f"{where}[{h}]" for h, table in reversed(list(enumerate(logits)))}
 
     def admit(table: Tensor, valid: Tensor) -> Tensor:
@@ -146,29 +153,26 @@ def admissible_logits(mdp: RegularizedMDP, logits: PerLayerStateAction, where: s
     return per_distinct_layer(admit, logits, mdp.valid)
 
 
-def _check_layers(mdp: RegularizedMDP, tables: PerLayerStateAction, where: str) -> None:
-    if len(tables) != mdp.horizon:
-        raise InvalidInputError(where, f"expected {mdp.horizon} layers, found {len(tables)}")
-    for h, (table, reference) in enumerate(zip(tables, mdp.reference, strict=True)):
-        if table.shape[-2:] != reference.shape[-2:]:
-            raise InvalidInputError(
-                f"{where}[{h}]",
-                f"expected (states, actions) = {tuple(reference.shape[-2:])}, found {tuple(table.shape[-2:])}",
-            )
-
-
 # -- Bellman operators -----------------------------------------------------------------------------------------
 
 
 def bellman_operator(mdp: RegularizedMDP, q: PerLayerStateAction) -> PerLayerStateAction:
-    """``(T_β Q)(s,a) = R_β(s,a) + E_{s'} V_Q(s')``, every layer from ``q`` at once (theory.md §0)."""
-    return _backup(mdp, [soft_value(table) for table in q])
+    """``(T_β Q)(s,a) = R_β(s,a) + E_{s'} V_Q(s')``, every layer from ``q`` at once (theory.md §0).
+
+    ``Q`` of actions that do not exist is ignored, except that NaN is refused.
+    """
+    check_layers(q, mdp.reference, "q")
+    return _backup(
+        mdp, [soft_value(torch.where(valid, table, -torch.inf)) for valid, table in zip(mdp.valid, q, strict=True)]
+    )
 
 
 def policy_bellman_operator(
     mdp: RegularizedMDP, log_policy: PerLayerStateAction, q: PerLayerStateAction
 ) -> PerLayerStateAction:
     """``(T^π_β Q)(s,a) = R_β(s,a) + E_{s'} E_{a'~π}[Q(s',a') - log π(a'|s')]`` (theory.md §0)."""
+    check_policy(mdp, log_policy)
+    check_layers(q, mdp.reference, "q")
     return _backup(mdp, [_policy_value(table, log) for table, log in zip(q, log_policy, strict=True)])
 
 

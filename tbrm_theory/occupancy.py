@@ -18,7 +18,7 @@ from torch import Tensor
 from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.mdp import RegularizedMDP
 from tbrm_theory.shapes import NextStateTable, PerLayerState, PerLayerStateAction, StateActionTable
-from tbrm_theory.tables import safe_log, side_by_side
+from tbrm_theory.tables import check_finite, check_layers, safe_log, side_by_side
 from tbrm_theory.transitions import SparseTransition, Transition
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "moment_matrix",
     "moment_product",
     "occupancy",
+    "tables_on_support",
     "unflatten_tables",
 ]
 
@@ -46,6 +47,7 @@ class Occupancy:
 
 def occupancy(mdp: RegularizedMDP, log_policy: PerLayerStateAction) -> Occupancy:
     """Both occupancies by one forward sweep. Mass on a non-existent action stays in its layer and goes no further."""
+    check_layers(log_policy, mdp.reference, "log_policy")
     state, state_action = [mdp.initial], []
     for h, log in enumerate(log_policy):
         state_action.append(state[-1].unsqueeze(-1) * log.exp())
@@ -65,6 +67,7 @@ class LogOccupancy:
 
 def log_occupancy(mdp: RegularizedMDP, log_policy: PerLayerStateAction) -> LogOccupancy:
     """The logarithms of both occupancies, by a forward sweep in log space."""
+    check_layers(log_policy, mdp.reference, "log_policy")
     state, state_action = [safe_log(mdp.initial)], []
     for h, log in enumerate(log_policy):
         state_action.append(state[-1].unsqueeze(-1) + log)
@@ -103,12 +106,29 @@ def unflatten_tables(mdp: RegularizedMDP, vector: Float[Tensor, "... pairs"]) ->
     return tuple(piece.unflatten(-1, size) for piece, size in zip(pieces, sizes, strict=True))
 
 
+def tables_on_support(
+    mdp: RegularizedMDP, tables: PerLayerStateAction, log_policy: PerLayerStateAction, where: str
+) -> PerLayerStateAction:
+    """The tables with 0 in place of what stands at actions that the policy never takes, where ``0 · ∞`` would be NaN.
+
+    Raises:
+        InvalidInputError: tables or a policy of other layers, or a number that is not finite at an action that is taken.
+    """
+    check_layers(log_policy, mdp.reference, "log_policy")
+    check_layers(tables, mdp.reference, where)
+    kept = tuple(torch.where(log > -torch.inf, table, 0.0) for table, log in zip(tables, log_policy, strict=True))
+    for h, table in enumerate(kept):
+        check_finite(table, f"{where}[{h}]")
+    return kept
+
+
 def moment_product(mdp: RegularizedMDP, log_policy: PerLayerStateAction, g: PerLayerStateAction) -> PerLayerStateAction:
     """``M g``: the tables ``E_μ[(Σ_k g_k) 1{s_h = s, a_h = a}]`` for Markov ``μ``, by one backward and one forward sweep.
 
     The suffix from ``(h, s, a)`` has conditional mean ``g_h + E m_{h+1}``; the prefix is carried forward as the mass-weighted
     sum ``c_h(s) = E_μ[(Σ_{k<h} g_k) 1{s_h = s}]``.
     """
+    g = tables_on_support(mdp, g, log_policy, "g")
     probability = [log.exp() for log in log_policy]
     suffix: list[Tensor] = [g[-1]]
     for h in range(mdp.horizon - 2, -1, -1):
@@ -193,6 +213,8 @@ class Enumeration:
 
     def sum_along(self, tables: PerLayerStateAction) -> Float[Tensor, "... trajectories"]:
         """``Σ_h g_h(s_h, a_h)`` on every listed trajectory."""
+        if len(tables) != self.states.shape[-1]:
+            raise InvalidInputError("tables", f"expected {self.states.shape[-1]} layers, found {len(tables)}")
         steps = [table[..., self.states[:, h], self.actions[:, h]] for h, table in enumerate(tables)]
         return torch.stack(torch.broadcast_tensors(*steps)).sum(0)
 

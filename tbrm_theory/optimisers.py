@@ -47,6 +47,7 @@ _SMALLEST_DAMPING, _LARGEST_DAMPING = 1e-10, 1e10
 _LOOSEST, _TIGHTEST = 1e-2, 1e-6  # where conjugate gradients stop, relative to the gradient
 _ROUNDING = torch.finfo(torch.float64).eps
 _MOST_PRODUCTS = 1000  # in one solution by conjugate gradients
+_LIMIT_REACHED = 1  # SciPy's status of a run that ended at a limit on iterations or on evaluations
 _LARGEST_STEP = 1e50  # beyond it there is nothing but a failure
 _ENTRIES_AT_ONCE = 1 << 22  # of the matrices of several seeds, and of the rows that a diagonal is made of
 
@@ -105,6 +106,7 @@ def levenberg_marquardt(
         precision = (gradient[going].norm(dim=-1) / scale[going]).clamp(min=_TIGHTEST, max=_LOOSEST)
         step = _damped_step(metric, theta[going], gradient[going], damping[going], precision)
         predicted = -(gradient[going] * step).sum(-1)
+        solved = step.any(-1) | ~gradient[going].any(-1)
         trial = parametrisation.moved(theta[going], step)
         trial_loss, trial_gradient = _loss_and_gradient(objective, parametrisation, trial)
         better = trial_loss < loss[going]
@@ -115,8 +117,8 @@ def levenberg_marquardt(
         rejections[going] = torch.where(better, 0.0, rejections[going] + 1)
         factor = torch.where(better, _after_success(gain), 10.0 * rejections[going])
         damping[going] = (damping[going] * factor).clamp(min=_SMALLEST_DAMPING)
-        stopped = (damping > _LARGEST_DAMPING) | (loss <= tolerance)
-        stopped[going] |= predicted <= _ROUNDING * loss[going]
+        stopped |= (damping > _LARGEST_DAMPING) | (loss <= tolerance)
+        stopped[going] |= solved & (predicted <= _ROUNDING * loss[going])
         if after_step is not None:
             after_step(iteration, theta.clone(), loss.clone())
     return Minimum(theta, loss, stopped, iteration)
@@ -156,7 +158,7 @@ def lbfgs(
     return Minimum(
         theta=torch.from_numpy(np.stack([result.x for result in found])).to(theta.device),
         loss=theta.new_tensor([result.fun for result in found]),
-        converged=torch.tensor([result.nit < iterations for result in found], device=theta.device),
+        converged=torch.tensor([result.status != _LIMIT_REACHED for result in found], device=theta.device),
         iterations=max(result.nit for result in found),
     )
 

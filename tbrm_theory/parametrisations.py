@@ -20,7 +20,7 @@ from tbrm_theory.mdp import RegularizedMDP
 from tbrm_theory.occupancy import flatten_tables, unflatten_tables
 from tbrm_theory.population import LOSSES, soft_plan
 from tbrm_theory.shapes import PerLayerStateAction
-from tbrm_theory.tables import check_finite
+from tbrm_theory.tables import check_finite, check_shapes
 
 __all__ = ["Linear", "Network", "Parametrisation", "Tabular", "linear_features"]
 
@@ -102,6 +102,7 @@ class Tabular(Parametrisation):
 
     def parameters(self, logits: PerLayerStateAction) -> Parameters:
         """The parameters of given logits: the inverse of ``logits`` on the cells that matter."""
+        check_shapes(logits, self.mdp.reference, "logits")
         return flatten_tables(logits)[..., self.free]
 
     def moved(self, theta: Parameters, step: Parameters) -> Parameters:
@@ -178,7 +179,10 @@ def linear_features(
 
 
 class Network(Parametrisation):
-    """A two-layer tanh network on fixed random features of ``(h, s)``, one output for each action; all states share its weights."""
+    """Two layers of tanh on fixed random features of ``(h, s)``, and one output for each action; all states share the weights.
+
+    Each weight is its parameter over the root of the layer's inputs.
+    """
 
     def __init__(self, mdp: RegularizedMDP, generator: torch.Generator, *, features: int = 16, width: int = 32) -> None:
         for name, size in (("features", features), ("width", width)):

@@ -20,10 +20,10 @@ from tbrm_theory.dynamic_programming import admissible_logits, check_policy, sof
 from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.losses import brm_residual, tbrm_residual
 from tbrm_theory.mdp import RegularizedMDP
-from tbrm_theory.occupancy import Enumeration, Occupancy, enumerate_trajectories, occupancy
+from tbrm_theory.occupancy import Enumeration, Occupancy, enumerate_trajectories, occupancy, tables_on_support
 from tbrm_theory.scores import table_scores
 from tbrm_theory.shapes import PerLayerStateAction, Scalars, StateTable
-from tbrm_theory.tables import ROW_SUM_TOLERANCE
+from tbrm_theory.tables import ROW_SUM_TOLERANCE, check_layers, check_shapes
 from tbrm_theory.trajectories import TrajectoryBatch
 
 __all__ = [
@@ -55,10 +55,12 @@ def soft_plan(mdp: RegularizedMDP, g: PerLayerStateAction) -> PerLayerStateActio
     They are the soft backward pass of ``g``: ``g_h + E V_{h+1}`` with ``V_h = logsumexp``, and ``-inf`` for actions that do not
     exist, whatever ``g`` holds there.
     """
-    logits: list[Tensor] = [torch.where(mdp.valid[-1], g[-1], -torch.inf)]
+    check_shapes(g, mdp.reference, "g")
+    g = tuple(torch.where(valid, table, -torch.inf) for valid, table in zip(mdp.valid, g, strict=True))
+    check_layers(g, mdp.reference, "g")
+    logits: list[Tensor] = [g[-1]]
     for h in reversed(range(mdp.horizon - 1)):
-        following = mdp.transitions[h].expect(soft_value(logits[-1]))
-        logits.append(torch.where(mdp.valid[h], g[h] + following, -torch.inf))
+        logits.append(g[h] + mdp.transitions[h].expect(soft_value(logits[-1])))
     return tuple(reversed(logits))
 
 
@@ -78,6 +80,7 @@ def additive_moments(
     Backwards over layers: ``m_h(s) = E_{a,s'}[u_h + m_{h+1}(s')]`` and
     ``v_h(s) = E_{a,s'}[(u_h + m_{h+1}(s') - m_h(s))² + v_{h+1}(s')]``.
     """
+    tables = tables_on_support(mdp, tables, log_policy, "tables")
 
     def over_actions(log: Tensor, pair_mean: Tensor, pair_variance: Tensor) -> tuple[Tensor, Tensor]:
         probability = log.exp()

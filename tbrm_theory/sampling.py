@@ -182,17 +182,22 @@ def check_draw(mdp: RegularizedMDP, count: int, generator: torch.Generator) -> N
         raise InvalidInputError("generator", f"{expected}, found one on {generator.device.type}")
 
 
-def check_can_act(mdp: RegularizedMDP, log_policy: PerLayerStateAction, where: str) -> None:
+def check_can_act(
+    mdp: RegularizedMDP, log_policy: PerLayerStateAction, where: str, *, visitor: PerLayerStateAction | None = None
+) -> None:
     """Refuse a malformed policy and one that takes non-existent actions: no trajectory has them.
 
+    Args:
+        visitor: the policy whose states count, if others than the policy's own are visited.
+
     Raises:
-        InvalidInputError: names the table and the pair, where the policy reaches its state.
+        InvalidInputError: names the table and the pair, where its state is reached.
     """
     check_policy(mdp, log_policy, where)
     outside = [(log > -torch.inf) & ~valid for log, valid in zip(log_policy, mdp.valid, strict=True)]
     if not any(bool(table.any()) for table in outside):
         return
-    for h, (mass, table) in enumerate(zip(occupancy(mdp, log_policy).state, outside, strict=True)):
+    for h, (mass, table) in enumerate(zip(occupancy(mdp, visitor or log_policy).state, outside, strict=True)):
         bad = table & (mass > 0).unsqueeze(-1)
         if bool(bad.any()):
             raise InvalidInputError(

@@ -14,7 +14,7 @@ from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.losses import TrajectoryScores
 from tbrm_theory.occupancy import flatten_tables
 from tbrm_theory.shapes import PerLayerStateAction, StateActionTable
-from tbrm_theory.tables import first_index, side_by_side
+from tbrm_theory.tables import check_shapes, first_index, side_by_side
 from tbrm_theory.trajectories import TrajectoryBatch
 
 __all__ = ["pair_index", "table_scores"]
@@ -87,7 +87,8 @@ def table_scores(
     Raises:
         InvalidInputError: tables or trajectories that do not fit together, or an index outside its layer.
     """
-    _check_tables(logits, log_reference, reward)
+    check_shapes(logits, log_reference, "logits")
+    check_shapes(reward, log_reference, "reward")
     pairs = pair_index(log_reference, trajectories)
     states = _starts(_sizes(log_reference, trajectories)[0]) + trajectories.states
     first_states, first_pairs = states[..., :1], pairs[..., :1]
@@ -120,15 +121,3 @@ def table_scores(
         reference_initial_value=initial_value(reference_first_logits),
         frozen_initial_value=initial_value(frozen_first_logits),
     )
-
-
-def _check_tables(logits: PerLayerStateAction, log_reference: PerLayerStateAction, reward: PerLayerStateAction) -> None:
-    for name, tables in (("logits", logits), ("reward", reward)):
-        if len(tables) != len(log_reference):
-            raise InvalidInputError(name, f"expected {len(log_reference)} layers, found {len(tables)}")
-        for h, (table, log) in enumerate(zip(tables, log_reference, strict=True)):
-            if table.shape[-2:] != log.shape[-2:]:
-                raise InvalidInputError(
-                    f"{name}[{h}]",
-                    f"expected (states, actions) = {tuple(log.shape[-2:])}, found {tuple(table.shape[-2:])}",
-                )

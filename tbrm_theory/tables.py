@@ -20,6 +20,8 @@ __all__ = [
     "LARGEST",
     "ROW_SUM_TOLERANCE",
     "check_finite",
+    "check_layers",
+    "check_shapes",
     "first_index",
     "normalised",
     "per_distinct_layer",
@@ -48,6 +50,38 @@ def check_finite(table: Float[Tensor, "..."], where: str) -> None:
             where + first_index(bad),
             f"expected a finite number of at most {LARGEST:g} in magnitude, found {table[bad][0].item()}",
         )
+
+
+def check_shapes(tables: Sequence[Tensor], like: Sequence[Tensor], where: str) -> None:
+    """Refuse anything but one table for each layer, of the states and actions that ``like`` has there.
+
+    A table of one state or one action would otherwise be broadcast over the others.
+
+    Raises:
+        InvalidInputError: names the layer.
+    """
+    if len(tables) != len(like):
+        raise InvalidInputError(where, f"expected {len(like)} layers, found {len(tables)}")
+    for h, (table, pattern) in enumerate(zip(tables, like, strict=True)):
+        expected, found = tuple(pattern.shape[-2:]), tuple(table.shape[-2:])
+        if found != expected:
+            raise InvalidInputError(f"{where}[{h}]", f"expected (states, actions) = {expected}, found {found}")
+
+
+def check_layers(tables: Sequence[Tensor], like: Sequence[Tensor], where: str) -> None:
+    """:func:`check_shapes`, and no NaN.
+
+    Raises:
+        InvalidInputError: names the layer, and the cell.
+    """
+    check_shapes(tables, like, where)
+    searched: set[int] = set()
+    for h, table in enumerate(tables):
+        if id(table) not in searched:
+            searched.add(id(table))
+            missing = table.isnan()
+            if bool(missing.any()):
+                raise InvalidInputError(f"{where}[{h}]{first_index(missing)}", "expected a number, found nan")
 
 
 def normalised(

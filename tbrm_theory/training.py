@@ -12,6 +12,7 @@ bit for bit: parameters, Adam's moments, the generator, the replay buffer and th
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -36,6 +37,7 @@ from tbrm_theory.trajectories import TrajectoryBatch, sample_trajectories
 
 __all__ = ["FitConfig", "History", "exact_regret", "fit"]
 
+MODES = ("population", "offline", "online", "replay")
 LOSSES = {"tbrm": tbrm_loss, "brm": brm_loss}
 
 
@@ -61,8 +63,11 @@ class FitConfig:
         for name in ("steps", "seeds", "batch_size", "replay_capacity", "evaluations", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise InvalidInputError(name, f"expected at least 1, found {getattr(self, name)}")
-        if not self.learning_rate > 0:
+        if not 0 < self.learning_rate < math.inf:
             raise InvalidInputError("learning_rate", f"expected a positive number, found {self.learning_rate}")
+        for name, known in (("mode", MODES), ("loss", LOSSES)):
+            if getattr(self, name) not in known:
+                raise InvalidInputError(name, f"expected one of {', '.join(known)}, found {getattr(self, name)!r}")
 
 
 @dataclass
@@ -225,6 +230,9 @@ def _restore(state: _State, path: Path, config: FitConfig) -> None:
     if record["config"] != asdict(config):
         changed = sorted(k for k, v in asdict(config).items() if record["config"].get(k) != v)
         raise InvalidInputError(str(path), f"the checkpoint of a run with other settings: {', '.join(changed)}")
+    if tensors["theta"].shape != state.theta.shape:
+        expected = f"expected parameters of shape {tuple(state.theta.shape)}"
+        raise InvalidInputError(str(path), f"{expected}, found {tuple(tensors['theta'].shape)}")
     with torch.no_grad():
         state.theta.copy_(tensors["theta"])
     moments = {name.removeprefix("adam."): value for name, value in tensors.items() if name.startswith("adam.")}

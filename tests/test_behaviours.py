@@ -542,3 +542,23 @@ def test_data_that_the_problem_cannot_produce_have_no_law():
     )
     with pytest.raises(InvalidInputError, match=r"trajectories\[0\]\.states\[0\]"):
         FixedDataset(wrong).log_law(MDP, listed)
+
+
+def test_repeating_may_lead_to_states_that_the_policy_never_sees() -> None:
+    """There a non-existent action is as impossible as anywhere: half of these trajectories would have taken one."""
+    half = torch.full((1, 2), 0.5, dtype=torch.float64)
+    mdp = RegularizedMDP(
+        beta=1.0,
+        initial=torch.ones(1),
+        reward=[torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(2, 2)],
+        reference=[half, half, torch.tensor([[0.5, 0.5], [1.0, 0.0]], dtype=torch.float64)],
+        transitions=[
+            DeterministicTransition(torch.tensor([[0, 0]]), 1),
+            DeterministicTransition(torch.tensor([[0, 1]]), 2),
+        ],
+    )
+    always_0 = torch.tensor([[0.0, -math.inf]], dtype=torch.float64)
+    policy = (half.log(), always_0, half.log().expand(2, 2))
+    assert HistoryBehaviour(policy, 0.0).sample(mdp, 20, torch.Generator().manual_seed(0)).count == 20
+    with pytest.raises(InvalidInputError, match=r"^log_policy\[2\]\[1\]\[1\]: expected -inf, since this action"):
+        HistoryBehaviour(policy, 0.5).sample(mdp, 20, torch.Generator().manual_seed(0))

@@ -172,7 +172,9 @@ def test_cases_are_what_the_claims_need_them_to_be() -> None:
         assert bool((policy[:, valid] > -math.inf).all())
         assert bool((behaviour[:, valid] > -math.inf).all())
         assert bool((other[0][valid] > -math.inf).all())
-        assert not torch.equal(policy[0], policy[1])
+        for tables in (policy, behaviour):
+            assert not torch.equal(tables[0], tables[1])
+            assert not torch.equal(tables[1].exp(), valid / valid.sum(-1, keepdim=True))  # no special law
     assert any(
         bool((other[1][valid] == -math.inf).any())
         for other, valid in zip(case.other_policy, case.mdp.valid, strict=True)
@@ -285,6 +287,16 @@ def test_nan_never_agrees_and_infinity_agrees_with_itself(relation: str) -> None
     assert not compare([math.inf], [1.0], relation).holds
     assert compare([math.inf], [math.inf], relation).holds
     assert compare([0.0], [0.0], relation, scale=0.0).holds
+
+
+@pytest.mark.parametrize("relation", ["equal", "at most"])
+@pytest.mark.parametrize("scale", [math.inf, math.nan, -1.0])
+def test_a_scale_that_is_no_size_hides_nothing(relation: str, scale: float) -> None:
+    """5 against 1 relative to infinity would be no error at all."""
+    assert compare([5.0], [1.0], relation, scale).error == math.inf
+    assert not compare([5.0], [1.0], relation, scale).holds
+    assert compare([math.inf], [math.inf], relation, scale).holds
+    assert compare([1.0], [math.inf], "at most", scale).holds
 
 
 # -- verify ----------------------------------------------------------------------------------------------------------

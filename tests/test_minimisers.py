@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
+import jaxtyping
 import pytest
+import scipy.optimize
 import torch
 from problems import random_logits, random_policy, random_problem
 
@@ -49,6 +52,22 @@ def test_lbfgs_reaches_the_optimum_by_either_loss(loss: str) -> None:
     assert bool(minimum.converged.all())
     assert bool((exact_regret(mdp, tabular.logits(minimum.theta), solve(mdp)) < 1e-10).all())
     assert not bool(lbfgs(objective, tabular, start, loss=loss, iterations=3).converged.any())
+
+
+def test_lbfgs_that_ran_out_of_evaluations_has_not_converged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SciPy has two limits; at that on evaluations, which line searches use up, the iterations are fewer than theirs."""
+    minimise = scipy.optimize.minimize
+
+    def few_evaluations(*arguments: Any, options: dict[str, Any], **others: Any) -> Any:
+        return minimise(*arguments, options=options | {"maxfun": 3}, **others)
+
+    monkeypatch.setattr(scipy.optimize, "minimize", few_evaluations)
+    mdp = random_problem("deterministic", 1)
+    tabular = Tabular(mdp)
+    objective = PopulationObjective(mdp, MarkovBehaviour(random_policy(mdp, 5)))
+    found = lbfgs(objective, tabular, tabular.initial(1, torch.Generator().manual_seed(0)), iterations=50)
+    assert found.iterations < 50
+    assert not bool(found.converged.any())
 
 
 def test_least_squares_plan_is_the_optimum_on_covering_data_and_the_minimum_on_noisy() -> None:
@@ -127,3 +146,24 @@ def test_killed_run_resumes_to_the_same_bits(mode: str, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(tt.InvalidInputError, match="not a checkpoint"):
         fit(mdp, Tabular(mdp), config, objective=objective, checkpoint=path)
+
+
+def test_a_checkpoint_of_a_problem_of_another_size_is_refused(tmp_path: Path) -> None:
+    """One parameter for each seed would be broadcast over all of them."""
+    path, config = tmp_path / "run.safetensors", FitConfig(mode="online", steps=2, seeds=2, evaluations=1)
+    bandit = tt.make("one-state", horizon=1, actions=1)
+    assert Tabular(bandit).size == 1
+    fit(bandit, Tabular(bandit), config, checkpoint=path)
+    mdp = random_problem("deterministic", 1)
+    with pytest.raises(tt.InvalidInputError, match=r"expected parameters of shape \(2, \d+\), found \(2, 1\)"):
+        fit(mdp, Tabular(mdp), config, checkpoint=path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("mode", "off-line"), ("loss", "ppo"), ("learning_rate", float("inf")), ("learning_rate", 0.0)]
+)
+def test_settings_that_mean_nothing_are_refused(field: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mode misspelt would have trained on-policy."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the package's own checks must do
+    with pytest.raises(tt.InvalidInputError, match=rf"^{field}: expected "):
+        FitConfig(**{field: value})

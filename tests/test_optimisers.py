@@ -145,6 +145,8 @@ def test_a_nearly_deterministic_policy_does_not_spoil_the_diagonal() -> None:
     assert expected.max() > 0
     torch.testing.assert_close(diagonal[-4::2], expected, rtol=1e-9, atol=0.0)
     torch.testing.assert_close(diagonal[-3::2], expected, rtol=1e-9, atol=0.0)
+    dense = metric.dense(theta, metric.policy(theta))[0].diagonal()
+    torch.testing.assert_close(dense, diagonal[table.free], rtol=1e-9, atol=0.0)
 
 
 # -- the condition of the linear problem ---------------------------------------------------------------------------------
@@ -463,6 +465,19 @@ def test_the_plan_of_a_sample_is_what_its_returns_say() -> None:
     assert plan[0].tolist() == pytest.approx(expected, rel=1e-13)
 
 
+def test_the_plan_weighs_pairs_by_their_share_of_the_data() -> None:
+    """What the data leave open: g_1 + g_2 = t on two trajectories, and of these the least E[g_1² + g_2²], by hand."""
+    mdp = make("one-state", horizon=2, actions=2, beta=0.5)
+    second = torch.tensor([0, 0, 0, 1])
+    actions = torch.stack([torch.zeros_like(second), second], dim=-1)
+    batch = TrajectoryBatch(torch.zeros_like(actions), actions, torch.ones_like(actions, dtype=torch.bool))
+    returns = torch.tensor([1.0, 1.0, 1.0, 4.0], dtype=torch.float64)
+    plan = least_squares_plan(SampleObjective(mdp, batch, observed_return=returns))
+    often, rarely = (y / 0.5 + 2 * math.log(0.5) for y in (1.0, 4.0))
+    first = (0.75 * often + 0.25 * rarely) / 2
+    assert plan[1][0].tolist() == pytest.approx([often - first, rarely - first], rel=1e-12)
+
+
 def test_a_plan_needs_deterministic_transitions() -> None:
     mdp = random_problem("dense")
     with pytest.raises(InvalidInputError, match=r"^mdp: expected deterministic transitions"):
@@ -488,6 +503,41 @@ def test_a_seed_does_not_see_the_others(route: int, monkeypatch: pytest.MonkeyPa
         alone = levenberg_marquardt(objective, table, start[i : i + 1])
         torch.testing.assert_close(together.theta[i], alone.theta[0], rtol=1e-6, atol=1e-6)
     assert (together.theta[1] - together.theta[2]).abs().max() > 1e-3  # gauge and chance: no common place
+
+
+@routes
+def test_a_seed_that_stopped_stays_stopped(route: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch takes as many iterations as its slowest seed: one that is done is neither forgotten nor started again."""
+    monkeypatch.setattr(optimisers, "DENSE_LIMIT", route)
+    mdp = random_problem("dense", 1)
+    table, batch = Tabular(mdp), sample_trajectories(mdp, mdp.log_reference, 60, generator(1))
+    noise = torch.randn(60, generator=generator(1), dtype=torch.float64)
+    objective = SampleObjective(mdp, batch, observed_return=SampleObjective(mdp, batch).returns + noise)
+    start = table.initial(6, generator(1), scale=2.0)
+    alone = [levenberg_marquardt(objective, table, seed.unsqueeze(0)).iterations for seed in start]
+    assert len(set(alone)) > 1
+    together = levenberg_marquardt(objective, table, start, iterations=max(alone) + 3)
+    assert together.converged.all()
+    assert together.iterations <= max(alone) + 2
+
+
+def test_a_system_that_cannot_be_solved_is_no_convergence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step is lost, the damping rises, and the next one is tried."""
+    monkeypatch.setattr(optimisers, "DENSE_LIMIT", DENSE)
+    factorise, calls = torch.linalg.cholesky_ex, []
+
+    def fails_at_first(matrix: Tensor) -> Any:
+        factor, info = factorise(matrix)
+        calls.append(info)
+        failed = len(calls) <= 2
+        return (factor * math.nan if failed else factor), info + failed
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", fails_at_first)
+    mdp = random_problem("deterministic")
+    table, behaviour = Tabular(mdp), MarkovBehaviour(random_policy(mdp, 1))
+    found = levenberg_marquardt(PopulationObjective(mdp, behaviour), table, table.initial(2, generator()))
+    assert len(calls) > 2
+    assert (found.loss < 1e-20).all()
 
 
 def test_every_iteration_lowers_the_loss_or_changes_nothing() -> None:

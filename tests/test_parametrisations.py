@@ -250,6 +250,32 @@ def test_the_states_of_a_network_share_its_weights() -> None:
         assert len(layers[column != 0].unique()) == network.mdp.horizon
 
 
+def test_a_network_is_two_layers_of_tanh_and_a_linear_one_by_plain_loops() -> None:
+    """Weights are divided by the root of the number of inputs, so that wide and narrow layers start alike."""
+    mdp = random_problem("dense")
+    network = Network(mdp, generator(), features=3, width=4)
+    theta = network.initial(1, generator(5))[0]
+    weights = iter(theta.tolist())
+    actions = max(table.shape[-1] for table in mdp.reference)
+    layers = [
+        [[next(weights) / math.sqrt(rows) for _ in range(columns)] for _ in range(rows)]
+        for rows, columns in ((3, 4), (4, 4), (4, actions))
+    ]
+    assert next(weights, None) is None
+
+    def through(values: list[float], matrix: list[list[float]]) -> list[float]:
+        return [math.fsum(x * row[j] for x, row in zip(values, matrix, strict=True)) for j in range(len(matrix[0]))]
+
+    expected = []
+    states = iter(network._inputs.tolist())
+    for table in mdp.reference:
+        for _ in range(table.shape[0]):
+            first = [math.tanh(x) for x in through(next(states), layers[0])]
+            second = [math.tanh(x) for x in through(first, layers[1])]
+            expected += through(second, layers[2])[: table.shape[1]]
+    assert network.flat_logits(theta).tolist() == pytest.approx(expected, rel=1e-12)
+
+
 def test_a_network_is_the_one_that_its_generator_draws() -> None:
     mdp = random_problem("dense")
     theta = Network(mdp, generator(), features=3, width=4).initial(1, generator(5))

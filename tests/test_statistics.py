@@ -158,3 +158,14 @@ def test_bad_input_is_named(call: Callable[[], Any], where: str):
     with pytest.raises(InvalidInputError) as error:
         call()
     assert error.value.where == where
+
+
+def test_the_interval_of_a_slope_is_students_with_two_degrees_fewer_than_points() -> None:
+    """Five points, worked by hand: 3.182446 is the 97.5 % quantile of Student's t with 3 degrees of freedom."""
+    logs, noise = [0.0, 1.0, 2.0, 3.0, 4.0], [0.1, -0.2, 0.0, 0.2, -0.1]  # of sum 0
+    slope = 2.0 + sum((x - 2) * e for x, e in zip(logs, noise, strict=True)) / 10
+    left = [e - (slope - 2.0) * (x - 2) for x, e in zip(logs, noise, strict=True)]
+    width = 3.182446305284263 * math.sqrt(sum(e * e for e in left) / 3 / 10)
+    found = log_log_slope([math.exp(x) for x in logs], [math.exp(2 * x + e) for x, e in zip(logs, noise, strict=True)])
+    assert found.slope == pytest.approx(slope, rel=1e-12)
+    assert found.interval == pytest.approx((slope - width, slope + width), rel=1e-10)

@@ -55,11 +55,16 @@ class Comparison:
 
     @cached_property
     def error(self) -> float:
-        """The largest ``|left - right| / scale``, or excess of ``left`` over ``right``; NaN on either side is ``inf``."""
+        """The largest ``|left - right| / scale``, or excess of ``left`` over ``right``.
+
+        It is ``inf`` for NaN on either side, and where sides differ and the scale is not a finite, non-negative number: no error is
+        small relative to that.
+        """
         gap = torch.where(self.left == self.right, 0.0, self.left - self.right)  # ∞ agrees with ∞
         gap = gap.abs() if self.relation == "equal" else torch.where(gap < 0, 0.0, gap)
-        relative = torch.where(gap == 0, 0.0, gap / self.scale).max().item()
-        return math.inf if math.isnan(relative) else relative
+        relative = torch.where((self.scale >= 0) & (self.scale < math.inf), gap / self.scale, math.inf)
+        largest = torch.where(gap == 0, 0.0, relative).max().item()
+        return math.inf if math.isnan(largest) else largest
 
     @property
     def bound(self) -> float:
