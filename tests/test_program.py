@@ -1,4 +1,4 @@
-"""Functions run as programs: the exit status, and one line for whatever the user can put right, full disks and closed streams included."""
+"""Functions run as programs: the exit status, and one line for what the user can put right, full disks and closed streams included."""
 
 from __future__ import annotations
 

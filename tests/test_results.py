@@ -137,7 +137,7 @@ def test_corrupt_settings_start_a_new_run(content: bytes, tmp_path: Path) -> Non
 def test_a_file_or_folder_in_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for root in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(InvalidInputError, match="file.*demo: expected a folder"):
+        with pytest.raises(InvalidInputError, match=r"file.*demo: expected a folder"):
             Run.open("demo", {}, root=root)
     (tmp_path / "demo" / "latest").mkdir(parents=True)
     with pytest.raises(InvalidInputError, match="latest: expected a link to a run"):
