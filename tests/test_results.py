@@ -156,7 +156,9 @@ def test_a_file_system_without_locks_is_no_reason_to_stop(tmp_path: Path, monkey
 def test_the_commit_of_a_checkout_around_an_installed_package_is_not_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "something else"], check=True)
     monkeypatch.setattr(results, "__file__", str(tmp_path / "results.py"))
     found = provenance()
     assert (found["commit"], found["modified"], found["changes"]) == (None, None, None)
