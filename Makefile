@@ -63,8 +63,9 @@ constraints:  ## find the newest versions that fit together, and pin them in con
 	grep '^torch==' constraints.txt > build/pins/torch.txt
 	build/pins/bin/python -m pip install --quiet --constraint build/pins/torch.txt --upgrade pip setuptools
 	build/pins/bin/python -m pip install --quiet --constraint build/pins/torch.txt --no-build-isolation --editable '.[test,dev]'
+	build/pins/bin/python -m pip freeze --all --exclude-editable > build/pins/frozen.txt
 	grep '^#' constraints.txt > build/pins/constraints.txt
-	build/pins/bin/python -m pip freeze --all --exclude-editable | grep '==' | sed 's/+[^+]*$$//' >> build/pins/constraints.txt
+	grep '==' build/pins/frozen.txt | sed 's/+[^+]*$$//' >> build/pins/constraints.txt
 	mv build/pins/constraints.txt constraints.txt
 	rm -r build/pins
 

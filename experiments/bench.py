@@ -9,12 +9,14 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
 import numpy as np
 import quantecon
 import torch
+import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -23,6 +25,7 @@ from tbrm_theory.dynamic_programming import soft_value
 from tbrm_theory.objectives import SampleObjective
 from tbrm_theory.optimisers import levenberg_marquardt
 from tbrm_theory.parametrisations import Tabular
+from tbrm_theory.program import run_program
 from tbrm_theory.trajectories import sample_trajectories
 from tbrm_theory.transitions import DenseTransition
 
@@ -92,13 +95,15 @@ def minimise_rows() -> list[tuple[str, str]]:
     return [(what, f"{1000 * taken:.0f} ms")]
 
 
-def main() -> None:
+def main() -> int:
+    """Measure all, which takes some ten seconds, and print a table."""
     table = Table("what", "measured", title=f"{torch.get_num_threads()} threads")
     for rows in (solve_rows, backup_rows, sample_rows, minimise_rows):
         for row in rows():
             table.add_row(*row)
     Console().print(table)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("bench", lambda: tyro.cli(main, description=__doc__)))

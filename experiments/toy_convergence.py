@@ -11,10 +11,11 @@ by the exact regret:
   loss < 1e-20 at regret > 1e-3; stochastic transitions end at or below the noise floor of the optimum, not at 0 (I7, X2);
 * curves: Adam on population (TBRM beside BRM), offline, online and replay data, with their own target.
 
-A run that was interrupted goes on where it stopped. summary.json: `positive_cells` (how many are exact), `positive_max_regret` (the
-largest final regret among them), `conditioning_limited` (cells at which float64 stops short, with figure and reason),
-`negative_controls`, `negative_controls_as_predicted`, `curves`, `curves_on_target` (counts), `unexpected` (cells that went against the
-theory), `verdict`, `seconds`. Exit status 1 if a positive cell fails, a control does not, or a curve misses its target.
+A run that was interrupted or killed goes on where it stopped when the same code is asked for the same settings. summary.json:
+`positive_cells` (how many are exact), `positive_max_regret` (the largest final regret among them), `conditioning_limited` (cells at
+which float64 stops short, with figure and reason), `negative_controls`, `negative_controls_as_predicted`, `curves`,
+`curves_on_target` (counts), `unexpected` (cells that went against the theory), `verdict`, `seconds` (of all cells together). Exit
+status 1 if a positive cell fails, a control does not, or a curve misses its target; 2 on bad input or a full disk; 130 on Ctrl-C.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from tbrm_theory.occupancy import enumerate_trajectories, flatten_tables
 from tbrm_theory.optimisers import least_squares_plan, levenberg_marquardt
 from tbrm_theory.parametrisations import Tabular
 from tbrm_theory.population import noise_floor
+from tbrm_theory.program import run_program
 from tbrm_theory.results import Run
 from tbrm_theory.training import FitConfig, exact_regret, fit
 from tbrm_theory.trajectories import TrajectoryBatch, sample_trajectories
@@ -67,13 +69,26 @@ class Config:
     seeds: int = 3
     """Random starting points of each cell, run together."""
     seed: int = 0
+    """Of the random problems, behaviours and starting points."""
     iterations: int = 60
     """At most so many Levenberg-Marquardt steps."""
     steps: int = 1500
     """Adam steps of each curve."""
     families: tuple[str, ...] = ()
-    """Only these families."""
+    """Only these families; all of them if not given."""
     results: Path = Path("results")
+    """Folder to write to; this run is in toy_convergence/ there, the newest one behind the link toy_convergence/latest."""
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "iterations", "steps"):
+            if getattr(self, name) < 1:
+                raise tt.InvalidInputError(name, f"expected at least 1, found {getattr(self, name)}")
+        if self.seed < 0:
+            raise tt.InvalidInputError("seed", f"expected a seed, which is not negative, found {self.seed}")
+        known = sorted({cell.family for cell in cells(self)})
+        for family in self.families:
+            if family not in known:
+                raise tt.InvalidInputError("families", f"expected some of {', '.join(known)}, found {family!r}")
 
 
 @dataclass(frozen=True)
@@ -285,13 +300,10 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def main(config: Config) -> int:
-    started = time.perf_counter()
     console = Console(width=None if sys.stdout.isatty() else 160)
     recorded = {key: value for key, value in asdict(config).items() if key != "results"}
     run = Run.open("toy_convergence", recorded, root=config.results)
     wanted = [cell for cell in cells(config) if not config.families or cell.family in config.families]
-    if not wanted:
-        raise tt.InvalidInputError("families", f"expected some of {', '.join(dict(DETERMINISTIC))}")
     done = {row["cell"] for row in run.rows()}
     try:
         with Progress(console=console, transient=True) as progress:
@@ -302,17 +314,17 @@ def main(config: Config) -> int:
                     run.record(run_cell(cell, config))
                     progress.advance(task)
     except KeyboardInterrupt:
-        console.print(f"interrupted; the same command goes on from {run.folder}")
+        console.print(f"interrupted; the same command goes on from {run.folder}", highlight=False, soft_wrap=True)
         return 130
     rows = run.rows()
-    summary = summarise(rows, time.perf_counter() - started)
+    summary = summarise(rows, sum(row["seconds"] for row in rows))
+    run.finish(summary)  # before anything is printed, to a disk that may be full or a reader who may have gone
     console.print(table(rows))
-    run.finish(summary)
     for key, value in summary.items():
-        console.print(f"{key}: {value}", highlight=False)
-    console.print(f"results: {run.folder}", highlight=False)
+        console.print(f"{key}: {value}", highlight=False, soft_wrap=True)
+    console.print(f"results: {run.folder}", highlight=False, soft_wrap=True)
     return 0 if not summary["unexpected"] else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config, description=__doc__)))
+    sys.exit(run_program("toy_convergence", lambda: main(tyro.cli(Config, description=__doc__))))

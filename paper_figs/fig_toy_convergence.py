@@ -7,6 +7,7 @@ first extracted from that run's `metrics.jsonl`. Runs no experiment.
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,11 @@ import numpy as np
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from tbrm_theory.errors import InvalidInputError
+from tbrm_theory.json_fields import read_json, replacement
+from tbrm_theory.program import run_program
+from tbrm_theory.results import Run
 
 HERE = Path(__file__).parent
 FLOOR = 1e-34
@@ -44,14 +50,17 @@ class Options:
     results: Path | None = None
     """A run folder of experiments/toy_convergence.py, to extract the table from."""
     data: Path = HERE / "data"
+    """The folder of the table."""
     out: Path = HERE / "out"
+    """The folder of the figure."""
 
 
 def extract(results: Path) -> list[dict[str, Any]]:
     """The part of every cell that is drawn: median, least and largest regret over seeds, last loss, noise floor."""
-    rows = []
-    for line in (results / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        cell = json.loads(line)
+    rows, cells = [], Run(results).rows()
+    if not cells:
+        raise InvalidInputError(str(results), "expected the folder of a run, with the cells it recorded; found none")
+    for cell in cells:
         regrets = np.array(cell["regret_curve"])
         rows.append(
             {key: cell[key] for key in ("cell", "kind", "family", "behaviour", "mode", "loss", "step", "verdict")}
@@ -120,18 +129,26 @@ def _curves(axis: Axes, title: str, rows: list[dict[str, Any]]) -> None:
     axis.legend(fontsize=7)
 
 
-def main(options: Options) -> None:
+def main(options: Options) -> int:
     table = options.data / "toy_convergence.json"
     if options.results is not None:
         options.data.mkdir(parents=True, exist_ok=True)
         lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in extract(options.results))
-        table.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-    figure = draw(json.loads(table.read_text(encoding="utf-8")))
+        with replacement(table) as file:
+            file.write(f"[\n{lines}\n]\n")
+    rows = read_json(table).value
+    try:
+        figure = draw(rows)
+    except (KeyError, TypeError) as error:
+        raise InvalidInputError(
+            str(table), f"expected a list of cells, as extracted with --results ({error})"
+        ) from error
     options.out.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.out / "toy_convergence.pdf", metadata={"CreationDate": None})
     figure.savefig(options.out / "toy_convergence.png", dpi=130)
     print(f"{options.out / 'toy_convergence.png'}")
+    return 0
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    sys.exit(run_program("fig_toy_convergence", lambda: main(tyro.cli(Options, description=__doc__))))

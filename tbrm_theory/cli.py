@@ -1,6 +1,6 @@
 """The command ``tbrm``: each subcommand is a typed function in :data:`COMMANDS`; it prints, returns a status.
 
-Status 0: done; 1: a check failed; 2: bad input, said in one line on stderr, or bad usage; 130: interrupted.
+Status 0: done; 1: a check failed; 2: bad input, said in one line on stderr, or bad usage; 130: interrupted (``program``).
 What a command computes comes from the other modules; here it is only laid out.
 """
 
@@ -24,18 +24,15 @@ from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.evaluation import evaluate_instance
 from tbrm_theory.instance import Instance
 from tbrm_theory.mdp import RegularizedMDP
+from tbrm_theory.program import run_program
 
-__all__ = ["COMMANDS", "CommandError", "main"]
+__all__ = ["COMMANDS", "main"]
 
 _Case = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CASE.json")]
 _Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 _Loaded = TypeVar("_Loaded", Instance, RegularizedMDP)
 
 _MOST_ROWS = 60  # of a table for people; the JSON object has all
-
-
-class CommandError(Exception):
-    """Bad input, told to the user in one line."""
 
 
 # -- subcommands -------------------------------------------------------------------------------------------
@@ -110,10 +107,7 @@ def verify(
     """
     from tbrm_theory.claims.command import verify_command  # imports gymnasium, like families
 
-    try:
-        return verify_command(claims, families, instances, seed, json)
-    except (InvalidInputError, OSError) as error:
-        raise CommandError(str(error)) from error
+    return verify_command(claims, families, instances, seed, json)
 
 
 COMMANDS: dict[str, Callable[..., int]] = {
@@ -134,51 +128,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: after ``--help`` (status 0), or on arguments that no subcommand takes (status 2).
     """
-    try:
-        for stream in (sys.stdout, sys.stderr):
-            _never_refuse_a_character(stream)
+
+    def command() -> int:
         status: int = tyro.extras.subcommand_cli_from_dict(
             COMMANDS,
             prog="tbrm",
             description="Exact checks of Trajectory Bellman Residual Minimization on finite problems.",
             args=arguments,
         )
-        sys.stdout.flush()  # here, where a closed pipe is still handled
-    except CommandError as error:
-        print(f"tbrm: error: {_on_one_line(str(error))}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        _discard_stdout()
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return status
+        return status
+
+    return run_program("tbrm", command)
 
 
 def _load(load: Callable[[Path], _Loaded], case: Path) -> _Loaded:
     try:
         return load(case)
     except InvalidInputError as error:
-        text = str(error)
-        raise CommandError(text if error.where == str(case) else f"{case}: {text}") from error
-    except OSError as error:
-        raise CommandError(f"{case}: {error.strerror or error}") from error
-
-
-def _on_one_line(text: str) -> str:
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def _never_refuse_a_character(stream: Any) -> None:
-    """Where the terminal's encoding lacks ``β``, print an escape rather than die."""
-    if hasattr(stream, "reconfigure"):
-        stream.reconfigure(errors="backslashreplace")
-
-
-def _discard_stdout() -> None:
-    """The reader has gone: what is still buffered goes nowhere, so that the last flush of all succeeds."""
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        if error.where == str(case):
+            raise
+        raise InvalidInputError(str(case), str(error)) from error
 
 
 def _one_line_of_json(result: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import IO, Any, NoReturn
 
 from tbrm_theory.errors import InvalidInputError
 
@@ -76,8 +76,8 @@ def write_json(path: str | Path, document: Any) -> None:
 
 
 @contextlib.contextmanager
-def replacement(path: str | Path) -> Iterator[TextIO]:
-    """A new text file that takes the place of ``path`` when the block ends; if it fails, the old one stays as it was.
+def replacement(path: str | Path, *, binary: bool = False) -> Iterator[IO[Any]]:
+    """A new file that takes the place of ``path`` when the block ends; if it fails, the old one stays as it was.
 
     Raises:
         OSError: the file cannot be written.
@@ -85,14 +85,16 @@ def replacement(path: str | Path) -> Iterator[TextIO]:
     target = Path(path).resolve()  # through a symbolic link, not in place of it
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("x", encoding="utf-8") as file:
+        with temporary.open("xb" if binary else "x", encoding=None if binary else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
+    except BaseException as error:
+        with contextlib.suppress(OSError):
             temporary.unlink()
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 

@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import safetensors
 import safetensors.torch
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from tbrm_theory.dynamic_programming import Solution, admissible_logits, regret, soft_policy, solve
 from tbrm_theory.errors import InvalidInputError
+from tbrm_theory.json_fields import replacement
 from tbrm_theory.losses import brm_loss, tbrm_loss
 from tbrm_theory.mdp import RegularizedMDP
 from tbrm_theory.objectives import Objective
@@ -119,14 +119,18 @@ def fit(
         after_evaluation: called with the history so far, for progress displays.
 
     Raises:
-        InvalidInputError: no objective where one is needed, or a checkpoint that is corrupt or of another run.
+        InvalidInputError: no objective where one is needed, or a checkpoint that is corrupt or of another run: with other settings,
+            or on another problem, other data or another parametrisation, on which it would go on to wrong numbers.
+        OSError: the checkpoint cannot be written; the last one stays as it was.
     """
     if config.mode in ("population", "offline") and objective is None:
         raise InvalidInputError("objective", f"missing; the mode {config.mode!r} needs it")
     solution = solve(mdp)
     state = _start(mdp, parametrisation, config)
     if checkpoint is not None and checkpoint.exists():
-        _restore(state, checkpoint, config)
+        first = _loss(mdp, parametrisation, config, objective, state).detach()
+        regrets = exact_regret(mdp, parametrisation.logits(state.theta.detach()), solution)
+        _restore(state, checkpoint, config, {"loss": first.tolist(), "regret": regrets.tolist()})
     evaluate_at = {round(i * config.steps / config.evaluations) for i in range(config.evaluations + 1)}
     while state.step <= config.steps:
         loss = _loss(mdp, parametrisation, config, objective, state)
@@ -215,24 +219,45 @@ def _save(state: _State, path: Path, config: FitConfig) -> None:
         "history": asdict(state.history),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial")
-    safetensors.torch.save_file(tensors, temporary, metadata={"run": json.dumps(record)})
-    os.replace(temporary, path)
+    with replacement(path, binary=True) as file:
+        file.write(safetensors.torch.save(tensors, metadata={"run": json.dumps(record)}))
 
 
-def _restore(state: _State, path: Path, config: FitConfig) -> None:
+def _restore(state: _State, path: Path, config: FitConfig, first_row: dict[str, list[float]]) -> None:
+    """Put the checkpoint in place of ``state``; ``first_row`` is what this run begins with, and that one must have begun with."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             record = json.loads(file.metadata()["run"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (safetensors.SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise InvalidInputError(str(path), f"not a checkpoint of a training run ({error})") from error
-    if record["config"] != asdict(config):
         changed = sorted(k for k, v in asdict(config).items() if record["config"].get(k) != v)
+        same = all(_close(record["history"][name][0], values) for name, values in first_row.items())
+        if not changed and same:
+            _replace(state, record, tensors)
+    except OSError:
+        raise
+    except Exception as error:  # whatever a broken file makes of the steps above
+        raise InvalidInputError(str(path), f"not a checkpoint of a training run ({error!r})") from error
+    if changed:
         raise InvalidInputError(str(path), f"the checkpoint of a run with other settings: {', '.join(changed)}")
+    if not same:
+        expected = (
+            "expected a run that began with this loss and regret; its problem, data or parametrisation is another"
+        )
+        raise InvalidInputError(str(path), expected)
+
+
+def _close(found: list[float], expected: list[float]) -> bool:
+    return len(found) == len(expected) and all(
+        math.isclose(x, y, rel_tol=1e-9, abs_tol=1e-12) for x, y in zip(found, expected, strict=True)
+    )
+
+
+def _replace(state: _State, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    if not all(bool(table.isfinite().all()) for table in tensors.values() if table.is_floating_point()):
+        raise ValueError("a number that is not finite")
     if tensors["theta"].shape != state.theta.shape:
         expected = f"expected parameters of shape {tuple(state.theta.shape)}"
-        raise InvalidInputError(str(path), f"{expected}, found {tuple(tensors['theta'].shape)}")
+        raise ValueError(f"{expected}, found {tuple(tensors['theta'].shape)}")
     with torch.no_grad():
         state.theta.copy_(tensors["theta"])
     moments = {name.removeprefix("adam."): value for name, value in tensors.items() if name.startswith("adam.")}
@@ -241,6 +266,6 @@ def _restore(state: _State, path: Path, config: FitConfig) -> None:
     state.generator.set_state(tensors["generator"])
     if state.buffer is not None:
         for name in ("states", "actions", "mask"):
-            setattr(state.buffer, name, tensors[f"buffer.{name}"])
-        state.buffer.written = record["written"]
-    state.step, state.history = record["step"], History(**record["history"])
+            getattr(state.buffer, name).copy_(tensors[f"buffer.{name}"])
+        state.buffer.written = int(record["written"])
+    state.step, state.history = int(record["step"]), History(**record["history"])

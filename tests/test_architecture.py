@@ -58,6 +58,7 @@ FLOORS = {
     "optimisers": 4,
     "training": 4,
     "rigor": 4,
+    "program": 1,
     "results": 4,
     "claims": 5,
     "llm": 5,

@@ -16,7 +16,7 @@ from plants import Plant, check_that_the_verdict_turns, function, kernels, later
 from torch import Tensor
 
 from tbrm_theory import dynamic_programming, losses, population
-from tbrm_theory.claims import CLAIMS, Claim, Verdict, make_case, select, verify
+from tbrm_theory.claims import CLAIMS, Claim, Verdict, command, make_case, select, verify
 from tbrm_theory.claims import cases as cases_module
 from tbrm_theory.claims import loss_identities as loss_claims
 from tbrm_theory.claims.cases import case_of, small_options
@@ -473,6 +473,7 @@ def test_an_infinite_error_is_a_string_in_the_file(tmp_path: Path, monkeypatch: 
         (["--families", "lake"], "families: unknown family 'lake'"),
         (["--instances", "0"], "instances: expected at least 1, found 0"),
         (["--json", "/no/such/folder/out.json"], "json: no folder /no/such/folder"),
+        (["--json", "/"], "json: expected a file to write, found the folder /"),
     ],
 )
 def test_bad_arguments_are_one_line_on_stderr(
@@ -511,3 +512,16 @@ def test_made_problems_are_those_of_the_families() -> None:
     problem = make("garnet", seed=5, **small_options("garnet", 5))
     for ours, theirs in zip(make_case("garnet", 5).mdp.reward, problem.reward, strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_a_full_disk_costs_the_file_and_not_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full_disk(path: Path, document: object) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(command, "write_json", full_disk)
+    assert main(["verify", "--claims", "I1", "--instances", "1", "--json", str(tmp_path / "out.json")]) == 2
+    out, err = capsys.readouterr()
+    assert "I1.a" in out
+    assert err == f"tbrm: error: {tmp_path / 'out.json'}: No space left on device\n"

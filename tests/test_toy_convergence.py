@@ -88,9 +88,46 @@ def test_killed_run_resumes_to_the_same_numbers(run: Path, tmp_path: Path) -> No
     assert numbers(rows_of(metrics.parent)) == numbers(rows_of(run))
 
 
-def test_unknown_family_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="families: expected some of"):
-        toy.main(toy.Config(families=("nowhere",), results=tmp_path))
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("families", ("chain", "nowhere")), ("seeds", 0), ("steps", 0), ("iterations", 0), ("seed", -1)],
+)
+def test_impossible_settings_are_refused_before_anything_is_written(
+    setting: str, value: object, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=f"{setting}: expected"):
+        toy.Config(results=tmp_path, **{setting: value})  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(cell: toy.Cell, config: toy.Config) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(toy, "run_cell", interrupted)
+    assert toy.main(toy.Config(families=("chain",), results=tmp_path)) == 130
+    assert "the same command goes on from" in capsys.readouterr().out
+
+
+def test_a_reader_that_has_gone_costs_no_result(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {row["cell"]: row for row in rows_of(run)}
+    monkeypatch.setattr(toy, "run_cell", lambda cell, config: rows[cell.name])
+    monkeypatch.setattr(toy, "table", lambda rows: sys.exit(1))  # as rich does on a closed pipe
+    with pytest.raises(SystemExit):
+        toy.main(toy.Config(results=tmp_path, **SMALL))  # type: ignore[arg-type]
+    assert (tmp_path / "toy_convergence" / "latest" / "summary.json").exists()
+
+
+def test_the_figure_refuses_a_folder_without_a_run_and_keeps_its_table(tmp_path: Path) -> None:
+    table = tmp_path / "toy_convergence.json"
+    table.write_text('{"a": 1}')
+    with pytest.raises(ValueError, match="expected the folder of a run"):
+        figure.main(figure.Options(results=tmp_path / "nowhere", data=tmp_path, out=tmp_path))
+    with pytest.raises(ValueError, match=r"toy_convergence\.json: expected a list of cells"):
+        figure.main(figure.Options(data=tmp_path, out=tmp_path))
+    assert table.read_text() == '{"a": 1}'
 
 
 def test_figure_is_redrawn_from_the_committed_table_and_plots_its_numbers(tmp_path: Path) -> None:

@@ -51,6 +51,8 @@ def verify_command(
     chosen = select(claims or None)
     if json is not None and not json.resolve().parent.is_dir():
         raise InvalidInputError("json", f"no folder {json.resolve().parent}")
+    if json is not None and json.is_dir():
+        raise InvalidInputError("json", f"expected a file to write, found the folder {json}")
     with _one_thread(), _progress() as progress:
         task = progress.add_task("checking claims", total=None)
         outcomes = verify(
@@ -60,12 +62,11 @@ def verify_command(
             seed,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
-    if json is not None:
-        write_json(json, outcomes_as_json(chosen, outcomes))
-    console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPED_WIDTH, highlight=False)
-    console.print(_table(chosen, outcomes))
-    for claim in chosen:
-        _explain(console, claim, outcomes[claim.id])
+    try:
+        if json is not None:
+            write_json(json, outcomes_as_json(chosen, outcomes))
+    finally:  # a file that cannot be written does not cost the table, too
+        _print(chosen, outcomes)
     return exit_status(outcomes.values())
 
 
@@ -109,6 +110,13 @@ def _in_order(claim_id: str) -> tuple[str, int, str]:
 
 
 # -- for people ----------------------------------------------------------------------------------------------------
+
+
+def _print(chosen: Sequence[Claim], outcomes: dict[str, Outcome]) -> None:
+    console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPED_WIDTH, highlight=False)
+    console.print(_table(chosen, outcomes))
+    for claim in chosen:
+        _explain(console, claim, outcomes[claim.id])
 
 
 def _table(claims: Sequence[Claim], outcomes: dict[str, Outcome]) -> Table:
