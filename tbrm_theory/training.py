@@ -229,6 +229,9 @@ def _restore(state: _State, path: Path, config: FitConfig, first_row: dict[str, 
         with safetensors.safe_open(path, framework="pt") as file:
             record = json.loads(file.metadata()["run"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        if tensors["theta"].shape != state.theta.shape:
+            expected = f"expected parameters of shape {tuple(state.theta.shape)}"
+            raise ValueError(f"{expected}, found {tuple(tensors['theta'].shape)}")
         changed = sorted(k for k, v in asdict(config).items() if record["config"].get(k) != v)
         same = all(_close(record["history"][name][0], values) for name, values in first_row.items())
         if not changed and same:
@@ -255,9 +258,6 @@ def _close(found: list[float], expected: list[float]) -> bool:
 def _replace(state: _State, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     if not all(bool(table.isfinite().all()) for table in tensors.values() if table.is_floating_point()):
         raise ValueError("a number that is not finite")
-    if tensors["theta"].shape != state.theta.shape:
-        expected = f"expected parameters of shape {tuple(state.theta.shape)}"
-        raise ValueError(f"{expected}, found {tuple(tensors['theta'].shape)}")
     with torch.no_grad():
         state.theta.copy_(tensors["theta"])
     moments = {name.removeprefix("adam."): value for name, value in tensors.items() if name.startswith("adam.")}
