@@ -1,8 +1,9 @@
 """Inequalities of theory.md decided on one instance in rational or ball arithmetic, by code that shares nothing with the torch code.
 
 ``decide("B3", instance)`` proves the statement for this instance, or its violation, or says that it could not. What has neither
-exponential nor logarithm in it (κ, Λ, χ², C_∞ of given policies) is decided in rationals; the rest (regret, losses, π*) in Arb's balls,
-with more digits until the sides are apart. See :mod:`tbrm_theory.rigor.statements` for the statements and the names an instance needs.
+exponential nor logarithm in it (κ, χ², C_∞ of given policies) is decided in rationals, the rest (regret, losses, π*) in Arb's
+balls, with more digits until the sides are apart; Λ in a ball, and in rationals where the ball meets its bound. See
+:mod:`tbrm_theory.rigor.statements` for the statements and the names an instance needs.
 """
 
 from __future__ import annotations

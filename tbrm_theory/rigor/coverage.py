@@ -6,9 +6,11 @@ quotient of these functions by the kernel of ``M = E_μ[φφᵀ]``, and the pivo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import cast
 
-from flint import arb, arb_mat, ctx, fmpq, fmpq_mat
+from flint import arb, arb_mat, ctx, fmpq, fmpq_mat, fmpz
 
 from tbrm_theory.rigor.decision import INFINITY, Number, is_infinite
 from tbrm_theory.rigor.problem import Component, ExactProblem, Table, occupancy_of_states, rational_moments
@@ -22,10 +24,9 @@ __all__ = [
     "top_eigenvalue",
 ]
 
-SQUARINGS = 64
-"""``tr(N^m)`` with ``m = 2**64`` encloses the top eigenvalue to a relative ``log(n)/m``, far below a float's last place."""
-
-MOST_BITS = 20_000
+SQUARINGS = 40
+"""``tr(N^m)`` with ``m = 2**40`` encloses the top eigenvalue to a relative ``log(n)/m``, some 1e-12."""
+MOST_BITS = 20_480
 
 # -- formulas on occupancies ---------------------------------------------------------------------------------------
 
@@ -98,7 +99,7 @@ class DataMoments:
 
     def kappa(self, visits: Table) -> Number:
         """``sup_f (E_π Σf)²/E_μ[(Σf)²] = vᵀM⁺v`` for the occupancy ``v`` of a rational π; ``∞`` if ``v ∉ range M``."""
-        v = fmpq_mat(len(self.problem.pairs), 1, self.vector(visits))
+        v = fmpq_mat(len(self.problem.pairs), 1, cast("list[fmpq]", self.vector(visits)))
         chosen = fmpq_mat(self.rank, 1, [v[j, 0] for j in self.basis])
         solution = self.on_basis.solve(chosen)
         f = fmpq_mat(len(self.problem.pairs), 1)
@@ -131,15 +132,33 @@ class DataMoments:
         return bool(stacked.rank() == self.rank)
 
     def second_moment(self, target: fmpq_mat) -> Number:
-        """A ball around ``Λ = sup_f fᵀ target f / fᵀMf``, where it is finite; precise to a float's last places."""
-        quotient = self.on_basis.solve(_principal(target.tolist(), self.basis))
+        """A ball around ``Λ = sup_f fᵀ target f / fᵀMf``, where it is finite; a ball of any number if that takes too many bits."""
         bits = ctx.prec
-        while True:
+        while bits <= MOST_BITS:
             with ctx.workprec(bits):
-                value = top_eigenvalue(arb_mat(quotient), SQUARINGS)
-                if value.rel_accuracy_bits() > 53 or bits > MOST_BITS:
+                value = self.second_moment_of(arb_mat(_principal(target.tolist(), self.basis)), SQUARINGS)
+                if value.rel_accuracy_bits() > SQUARINGS - 10:
                     return value
             bits *= 2
+        return arb.nan()
+
+    def second_moment_of(self, target: arb_mat, squarings: int) -> arb:
+        """The same for ``target`` on the basis, at the present precision."""
+        # A power of two for each pair makes the diagonal of M about 1; the eigenvalues stay.
+        powers = [arb(2) ** (-_exponent(self.on_basis[i, i]) // 2) for i in range(self.rank)]
+        scale = arb_mat(self.rank, self.rank)
+        for i, power in enumerate(powers):
+            scale[i, i] = power
+        try:
+            quotient = (scale * arb_mat(self.on_basis) * scale).solve(scale * target * scale)
+        except ZeroDivisionError:  # M could be singular as far as these digits tell
+            return arb.nan()
+        return top_eigenvalue(quotient, squarings)
+
+    def second_moment_at_least(self, target: arb_mat) -> arb:
+        """A bound of Λ from below that needs no digits: what an indicator of one pair gives."""
+        ratios = [target[i, i] / self.on_basis[i, i] for i in range(self.rank)]
+        return functools.reduce(arb.max, ratios)
 
     def second_moment_at_most(self, target: fmpq_mat, bound: fmpq) -> bool:
         """Whether ``Λ ≤ bound``, where it is finite: whether ``bound·M - target`` is positive semidefinite."""
@@ -151,20 +170,31 @@ def _principal(rows: list[list[fmpq]], basis: Sequence[int]) -> fmpq_mat:
 
 
 def is_positive_semidefinite(matrix: fmpq_mat) -> bool:
-    """By ``LDLᵀ``: no pivot is negative, and the rest of the row of a zero pivot is zero."""
-    rows = matrix.tolist()
+    """By symmetric elimination in integers: no pivot is negative, and the rest of the row of a zero pivot is zero.
+
+    Bareiss's division by the pivot before is exact and keeps the entries minors of the matrix; as long as these pivots are positive,
+    they have the signs of those of ``LDLᵀ``.
+    """
+    integers, _ = matrix.numer_denom()
+    rows = [row[i:] for i, row in enumerate(integers.tolist())]  # the upper triangle
+    before = fmpz(1)
     while rows:
-        pivot, row = rows[0][0], rows[0][1:]
+        pivot, *row = rows[0]
         if pivot < 0 or (pivot == 0 and any(cell != 0 for cell in row)):
             return False
-        rest = [below[1:] for below in rows[1:]]
+        rows = rows[1:]
         if pivot != 0:
-            for i, factor in enumerate(row):
-                if factor != 0:
-                    share = factor / pivot
-                    rest[i] = [cell - share * other for cell, other in zip(rest[i], row, strict=True)]
-        rows = rest
+            rows = [
+                [(pivot * cell - row[i] * row[i + j]) // before for j, cell in enumerate(below)]
+                for i, below in enumerate(rows)
+            ]
+            before = pivot
     return True
+
+
+def _exponent(number: fmpq) -> int:
+    """``log2`` of a positive rational, to within 1."""
+    return int(number.p.bit_length()) - int(number.q.bit_length())
 
 
 def top_eigenvalue(matrix: arb_mat, squarings: int) -> arb:

@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias
 
 from flint import arb, fmpq
 
-__all__ = ["INFINITY", "Decision", "Number", "Relation", "Sides", "enclosure", "is_infinite", "verdict"]
+__all__ = ["INFINITY", "Between", "Decision", "Number", "Relation", "Sides", "enclosure", "is_infinite", "verdict"]
 
 Number: TypeAlias = fmpq | arb
 Relation: TypeAlias = Literal["at most", "equal"]
@@ -38,11 +38,19 @@ class Decision:
 
 
 @dataclass(frozen=True)
+class Between:
+    """A number of which only bounds are known; ``high`` may be infinite, which a ball could not express."""
+
+    low: arb
+    high: arb
+
+
+@dataclass(frozen=True)
 class Sides:
     """Both sides at the present precision, and the verdict if another argument than comparing them gives one."""
 
     left: Number
-    right: Number
+    right: Number | Between
     violated: bool | None = None
     exact: bool = False
     """``violated`` was found in rational arithmetic although a side is a ball."""
@@ -52,7 +60,7 @@ class Sides:
         return self.exact or all(isinstance(side, fmpq) or is_infinite(side) for side in (self.left, self.right))
 
 
-def is_infinite(side: Number) -> bool:
+def is_infinite(side: Number | Between) -> bool:
     """Whether a side is ``+∞``, as opposed to a ball too wide to know."""
     return isinstance(side, arb) and bool(side.lower() > 0) and not side.is_finite()
 
@@ -66,6 +74,8 @@ def verdict(sides: Sides, relation: Relation) -> bool | None:
     if sides.violated is not None:
         return sides.violated
     left, right = sides.left, sides.right
+    if isinstance(right, Between):
+        return True if left > right.high else False if left <= right.low else None
     if is_infinite(left) or is_infinite(right):
         if relation == "equal":
             return is_infinite(left) != is_infinite(right)
@@ -80,8 +90,10 @@ def verdict(sides: Sides, relation: Relation) -> bool | None:
     return False if abs(gap) < size * arb(10) ** -60 else None
 
 
-def enclosure(side: Number) -> tuple[float, float]:
+def enclosure(side: Number | Between) -> tuple[float, float]:
     """The largest float below and the smallest above, up to one unit in the last place."""
+    if isinstance(side, Between):
+        return enclosure(side.low)[0], enclosure(side.high)[1]
     if is_infinite(side):
         return math.inf, math.inf
     if isinstance(side, fmpq):

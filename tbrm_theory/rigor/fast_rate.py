@@ -1,8 +1,8 @@
 """``sup_t Λ(π_t, μ)`` over ``t ∈ [0,1]`` (B7), enclosed by subdivision.
 
-From one initial state ``P_s(τ) = P_t(τ) e^{(s-t) f(τ)} / E_t e^{(s-t) f} ≤ P_t(τ) e^{|s-t| D}``, where ``D`` is the largest spread
-``max f - min f``. So the moment matrix of ``π_s`` is at most ``e^{|s-t| D}`` times that of ``π_t``, and so is Λ. A value at the centre of
-an interval thus bounds Λ on all of it.
+From one initial state ``P_s(τ) = P_t(τ) e^{(s-t) f(τ)} / E_t e^{(s-t) f} ≤ P_t(τ) e^{|s-t| D}``, where ``D`` is the largest
+spread ``max f - min f``. So the moment matrix of ``π_s`` is at most ``e^{|s-t| D}`` times that of ``π_t``, and so is Λ. A value
+at the centre of an interval thus bounds Λ on all of it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from flint import arb, arb_mat, fmpq
 
-from tbrm_theory.rigor.coverage import DataMoments, top_eigenvalue
+from tbrm_theory.rigor.coverage import DataMoments
+from tbrm_theory.rigor.decision import INFINITY, Between
 from tbrm_theory.rigor.problem import moments
 from tbrm_theory.rigor.soft import SoftProblem
 
@@ -33,30 +34,30 @@ class _Interval:
     """At least Λ on the whole interval."""
 
 
-def largest_second_moment(soft: SoftProblem, data: DataMoments, threshold: arb) -> arb:
-    """A ball around ``sup_t Λ(π_t, μ)``, refined until it excludes ``threshold``; deterministic transitions, Λ finite."""
-    spread, inverse = soft.spread(), arb_mat(data.on_basis.inv())
+def largest_second_moment(soft: SoftProblem, data: DataMoments, threshold: arb) -> Between:
+    """``sup_t Λ(π_t, μ)``, refined until it is known on which side of ``threshold``; deterministic transitions, Λ finite."""
+    spread = soft.spread()
+    low = arb(1)
+    for t in (fmpq(0), fmpq(1, 2), fmpq(1)):
+        low = low.max(data.second_moment_at_least(tilted_moments(soft, data, t)))
 
     def interval(centre: fmpq, radius: fmpq) -> _Interval:
-        value = top_eigenvalue(inverse * tilted_moments(soft, data, centre), SQUARINGS)
+        value = data.second_moment_of(tilted_moments(soft, data, centre), SQUARINGS)
         return _Interval(centre, radius, value, value * (spread * radius).exp())
 
-    pending = [interval(fmpq(1, 2), fmpq(1, 2))]
-    low = pending[0].value
-    for end in (fmpq(0), fmpq(1)):
-        low = low.max(interval(end, fmpq(0)).value)
-    widest = pending[0]
+    pending = [interval(fmpq(1, 2), fmpq(1, 2)), interval(fmpq(0), fmpq(0)), interval(fmpq(1), fmpq(0))]
     for _ in range(EVALUATIONS // 2):
-        if low > threshold or widest.bound < threshold or not widest.bound.is_finite():
+        if any(part.value.is_nan() for part in pending):
+            return Between(low, INFINITY)
+        low = max([low, *(part.value for part in pending)], key=lambda value: float(value.lower()))
+        widest = max(pending, key=lambda part: float(part.bound.upper()))
+        if low > threshold or widest.bound < threshold:
             break
         pending.remove(widest)
         third = widest.radius / 3
         pending.append(_Interval(widest.centre, third, widest.value, widest.value * (spread * third).exp()))
-        for centre in (widest.centre - 2 * third, widest.centre + 2 * third):
-            pending.append(interval(centre, third))
-            low = low.max(pending[-1].value)
-        widest = max(pending, key=lambda part: float(part.bound.upper()))
-    return low.union(widest.bound)
+        pending += [interval(centre, third) for centre in (widest.centre - 2 * third, widest.centre + 2 * third)]
+    return Between(low, widest.bound)
 
 
 def tilted_moments(soft: SoftProblem, data: DataMoments, t: fmpq) -> arb_mat:

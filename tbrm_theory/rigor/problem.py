@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 from flint import fmpq, fmpq_mat
 from torch import Tensor
@@ -225,7 +225,7 @@ def rational_moments(problem: ExactProblem, components: Sequence[Component]) -> 
     """``E[φφᵀ]`` of a mixture of rational policies."""
     total = fmpq_mat(len(problem.pairs), len(problem.pairs))
     for weight, policy in components:
-        total += weight * fmpq_mat(moments(problem, policy))
+        total += weight * fmpq_mat(cast("list[list[fmpq]]", moments(problem, policy)))
     return total
 
 

@@ -12,7 +12,6 @@ from functools import cached_property
 
 from flint import arb, fmpq
 
-from tbrm_theory.rigor.decision import Number
 from tbrm_theory.rigor.problem import Component, ExactProblem, Table, occupancy
 
 __all__ = ["SoftProblem", "weighted"]

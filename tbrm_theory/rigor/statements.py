@@ -1,7 +1,7 @@
 """The inequalities of theory.md and the false ones that a search must refute, as two sides on one instance.
 
-Names in the instance: policy ``pi`` is the target π; policy ``mu`` is Markov data, or mixture ``mu`` is data of policies drawn once per
-episode (its components may have any names); logits ``theta`` are θ.
+Names in the instance: policy ``pi`` is the target π; policy ``mu`` is Markov data, or mixture ``mu`` is data of policies drawn
+once per episode (its components may have any names); logits ``theta`` are θ, and ``better`` are others to compare with.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 from flint import arb, fmpq
 
 from tbrm_theory.rigor.coverage import DataMoments, chi_squares, closed_form, flat, largest_ratio
-from tbrm_theory.rigor.decision import INFINITY, Number, Relation, Sides, is_infinite
+from tbrm_theory.rigor.decision import INFINITY, Between, Number, Relation, Sides, is_infinite
 from tbrm_theory.rigor.fast_rate import largest_second_moment
 from tbrm_theory.rigor.problem import Component, ExactProblem, Table, mixed_table, occupancy, rational_moments
 from tbrm_theory.rigor.soft import SoftProblem
@@ -93,7 +93,7 @@ def _lemma1_at_most(bound: Bound) -> Callable[[ExactProblem], Sides]:
 
 
 def _second_moment_at_most(bound: Bound) -> Callable[[ExactProblem], Sides]:
-    """Decided by whether ``bound·M_μ - M_π`` is positive semidefinite; the ball around Λ is for the reader."""
+    """By a ball around Λ, and where that meets the bound by whether ``bound·M_μ - M_π`` is positive semidefinite."""
 
     def sides(problem: ExactProblem) -> Sides:
         data = DataMoments(problem, problem.behaviour("mu"))
@@ -102,9 +102,10 @@ def _second_moment_at_most(bound: Bound) -> Callable[[ExactProblem], Sides]:
         if not data.bounds_second_moments_of(target):
             return Sides(INFINITY, right)
         left = data.second_moment(target)
-        if is_infinite(right):
-            return Sides(left, right, violated=False, exact=True)
-        return Sides(left, right, violated=not data.second_moment_at_most(target, fmpq(right)), exact=True)
+        if is_infinite(right) or left < right or left > right:
+            return Sides(left, right)
+        assert isinstance(right, fmpq)
+        return Sides(left, right, violated=not data.second_moment_at_most(target, right), exact=True)
 
     return sides
 
@@ -149,7 +150,8 @@ def _fast_rate(problem: ExactProblem, factor: fmpq) -> Sides:
     if not data.identifies_all:
         return Sides(soft.regret, INFINITY)
     slope = factor * problem.beta * soft.loss(behaviour)
-    return Sides(soft.regret, slope * largest_second_moment(soft, data, soft.regret / slope))
+    largest = largest_second_moment(soft, data, soft.regret / slope)
+    return Sides(soft.regret, Between(slope * largest.low, slope * largest.high))
 
 
 def _corollary4(problem: ExactProblem) -> Sides:

@@ -1,0 +1,600 @@
+"""Exact decisions against the known values of theory.md and against enumeration, which shares nothing with them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from flint import arb, arb_mat, ctx, fmpq, fmpq_mat
+from torch import Tensor
+
+from tbrm_theory.dynamic_programming import solve
+from tbrm_theory.errors import InvalidInputError
+from tbrm_theory.instance import Instance
+from tbrm_theory.mdp import RegularizedMDP
+from tbrm_theory.rigor import STATEMENTS, Decision, decide
+from tbrm_theory.rigor.coverage import DataMoments, is_positive_semidefinite, top_eigenvalue
+from tbrm_theory.rigor.decision import INFINITY, Sides, enclosure, is_infinite, verdict
+from tbrm_theory.rigor.problem import ExactProblem, Table, mixed_table, occupancy, rational_moments
+from tbrm_theory.rigor.soft import SoftProblem
+from tbrm_theory.rigor.stationary import stationary_point
+from tbrm_theory.transitions import DenseTransition, DeterministicTransition
+from tests import reference as ref
+from tests.problems import KINDS, random_logits, random_policy, random_problem
+
+Rows = Sequence[Sequence[Sequence[float]]]
+
+
+# -- instances -----------------------------------------------------------------------------------------------------
+
+
+def tables(rows: Rows) -> tuple[Tensor, ...]:
+    return tuple(torch.tensor(layer, dtype=torch.float64) for layer in rows)
+
+
+def deterministic(
+    actions: Sequence[Sequence[int]],
+    next_state: Sequence[Sequence[Sequence[int]]],
+    *,
+    reward: Rows | None = None,
+) -> RegularizedMDP:
+    """β = 1, one start; ``actions[h][s]`` actions, uniform under the reference; padded successors."""
+    width = [max(counts) for counts in actions]
+    uniform = [[[1 / n] * n + [0.0] * (w - n) for n in counts] for counts, w in zip(actions, width, strict=True)]
+    return RegularizedMDP(
+        beta=1.0,
+        initial=torch.tensor([1.0] + [0.0] * (len(actions[0]) - 1)),
+        reward=[torch.zeros_like(table) for table in tables(uniform)] if reward is None else tables(reward),
+        reference=tables(uniform),
+        transitions=[
+            DeterministicTransition(torch.tensor(layer), len(counts))
+            for layer, counts in zip(next_state, actions[1:], strict=True)
+        ],
+    )
+
+
+def one_state(horizon: int, *, reward: Rows | None = None) -> RegularizedMDP:
+    """Two actions in the only state of every layer."""
+    return deterministic([[2]] * horizon, [[[0, 0]]] * (horizon - 1), reward=reward)
+
+
+def binary_tree(horizon: int) -> RegularizedMDP:
+    return deterministic(
+        [[2] * 2**h for h in range(horizon)], [[[2 * s, 2 * s + 1] for s in range(2**h)] for h in range(horizon - 1)]
+    )
+
+
+def instance(
+    mdp: RegularizedMDP,
+    policies: dict[str, Rows],
+    mixture: Sequence[tuple[float, str]] | None = None,
+    logits: dict[str, tuple[Tensor, ...]] | None = None,
+) -> Instance:
+    return Instance.from_probabilities(
+        mdp,
+        {name: tables(rows) for name, rows in policies.items()},
+        {"mu": mixture} if mixture else {},
+        logits or {},
+    )
+
+
+def sharp(horizon: int, c: fmpq, g: fmpq) -> tuple[RegularizedMDP, list, list]:
+    """B3's sharp family, in rationals: the problem, π and μ. Layer 1: gA, gB, bad; later A has one action, B has two."""
+    mdp = deterministic(
+        [[3]] + [[1, 2]] * (horizon - 1), [[[0, 1, 1]]] + [[[0, 0], [1, 1]]] * (horizon - 2) if horizon > 1 else []
+    )
+    one, zero = fmpq(1), fmpq(0)
+    first_b = g * (1 - 1 / c) / (1 - g)
+    first_a = 1 / c - first_b
+    mu = [[[first_a, first_b, 1 - 1 / c]]] + [[[one, zero], [g, 1 - g]]] * (horizon - 1)
+    pi = [[[c * first_a, c * first_b, zero]]] + [[[one, zero], [one, zero]]] * (horizon - 1)
+    return mdp, pi, mu
+
+
+def as_floats(table: Table) -> Rows:
+    return [[[float(Fraction(int(x.p), int(x.q))) for x in row] for row in layer] for layer in table]
+
+
+def bandit(reward: float, theta: float, mu: float) -> Instance:
+    """β = 1, A = 2, H = 1: ``R_β = (reward, 0) - log 2``, ``f ≈ (theta, 0)``, and data with ``μ(1) = mu``."""
+    logits = torch.tensor([[reward + theta - math.log(2), -math.log(2)]], dtype=torch.float64)
+    return instance(one_state(1, reward=[[[reward, 0.0]]]), {"mu": [[[mu, 1 - mu]]]}, logits={"theta": (logits,)})
+
+
+def random_instance(kind: str, seed: int, *, mixture: bool = False) -> Instance:
+    mdp = random_problem(kind, seed)
+    names = ("mu0", "mu1", "pi") if mixture else ("mu", "pi")
+    return Instance(
+        mdp,
+        {name: random_policy(mdp, seed + i) for i, name in enumerate(names)},
+        {"mu": [(0.25, "mu0"), (0.75, "mu1")]} if mixture else {},
+        {"theta": random_logits(mdp, seed + 7)},
+    )
+
+
+def holds(decision: Decision, *, exact: str | None = None) -> bool:
+    assert decision.left[0] <= decision.left[1]
+    assert decision.right[0] <= decision.right[1]
+    assert exact is None or decision.exact == exact
+    assert decision.violated is not None
+    return not decision.violated
+
+
+def width(ends: tuple[float, float]) -> float:
+    return (ends[1] - ends[0]) / abs(ends[0])
+
+
+# -- known values of theory.md -------------------------------------------------------------------------------------
+
+
+ALTERNATING = {"pi": [[[1.0, 0.0]], [[0.0, 1.0]]]}
+
+
+def test_x1_a_replay_buffer_of_two_deterministic_policies() -> None:
+    data = {"mu0": [[[1.0, 0.0]]] * 2, "mu1": [[[0.0, 1.0]]] * 2}
+    case = instance(one_state(2), ALTERNATING | data, [(0.5, "mu0"), (0.5, "mu1")])
+    decision = decide("false-mixture-lemma1", case)
+    assert decision == Decision((math.inf, math.inf), (3.0, 3.0), True, "rational", 0)
+    assert decide("false-mixture-i12", case).violated
+
+
+def test_x1_with_flips() -> None:
+    flipped = {"mu0": [[[63 / 64, 1 / 64]]] * 2, "mu1": [[[1 / 64, 63 / 64]]] * 2}
+    case = instance(one_state(2), ALTERNATING | flipped, [(0.5, "mu0"), (0.5, "mu1")])
+    problem = ExactProblem(case)
+    data = DataMoments(problem, problem.behaviour("mu"))
+    assert data.kappa(occupancy(problem, problem.policy("pi"))) == fmpq(2111, 63)
+    decision = decide("false-mixture-lemma1", case)
+    assert decision.violated
+    assert decision.right == (3.0, 3.0)
+    assert Fraction(decision.left[0]) < Fraction(2111, 63) < Fraction(decision.left[1])
+    assert decide("false-mixture-i12", case).violated
+
+
+@pytest.mark.parametrize("horizon", [1, 2, 5])
+def test_x4_trees_and_combination_locks(horizon: int) -> None:
+    """κ = 2^H exactly where every token's χ² is 1, and also on two merged states per layer of which one is absorbing."""
+    lock = (
+        deterministic([[2]] + [[2, 2]] * (horizon - 1), [[[0, 1]]] + [[[0, 1], [1, 1]]] * (horizon - 2))
+        if (horizon > 1)
+        else one_state(1)
+    )
+    for mdp in (binary_tree(horizon), lock):
+        right = [[[1.0, 0.0]] * len(layer) for layer in mdp.reference]
+        uniform = [[[0.5, 0.5]] * len(layer) for layer in mdp.reference]
+        decision = decide("I12", instance(mdp, {"pi": right, "mu": uniform}))
+        assert decision == Decision((2.0**horizon,) * 2, (2.0**horizon,) * 2, False, "rational", 0)
+
+
+@pytest.mark.parametrize(("horizon", "c", "g"), [(2, fmpq(2), fmpq(1, 3)), (4, fmpq(7, 5), fmpq(1, 1000))])
+def test_b3_is_sharp(horizon: int, c: fmpq, g: fmpq) -> None:
+    """Λ = C(H - (H-1)g) to the last digit: bounded by that, and by nothing less."""
+    mdp, pi, mu = sharp(horizon, c, g)
+    problem = ExactProblem(instance(mdp, {}))
+    data, target = DataMoments(problem, [(fmpq(1), mu)]), rational_moments(problem, [(fmpq(1), pi)])
+    value = c * (horizon - (horizon - 1) * g)
+    assert data.second_moment_at_most(target, value)
+    assert not data.second_moment_at_most(target, value - fmpq(1, 10**80))
+    with ctx.workprec(300):
+        ball = data.second_moment(target)
+    low, high = enclosure(ball)
+    assert Fraction(low) <= as_fraction(value) <= Fraction(high)
+    assert width(enclosure(ball)) < 1e-10
+
+
+def test_the_plausible_bounds_of_lambda_fall_on_the_sharp_family() -> None:
+    mdp, pi, mu = sharp(3, fmpq(2), fmpq(1, 10))
+    case = instance(mdp, {"pi": as_floats(pi), "mu": as_floats(mu)})
+    assert holds(decide("B3", case))
+    for statement, bound in (("false-lambda-one-plus", 4.0), ("false-lambda-small-constant", 5.0)):
+        decision = decide(statement, case)
+        assert decision.violated
+        assert decision.left == pytest.approx((5.6, 5.6), rel=1e-9)
+        assert decision.right == pytest.approx((bound, bound), rel=1e-12)
+
+
+def c3(logits: dict[str, Rows]) -> Instance:
+    g, half = 1.5, [[0.5, 0.5]]
+    mdp = RegularizedMDP(
+        beta=1.0,
+        initial=torch.tensor([1.0]),
+        reward=tables([[[0.0, 0.0]], [[-g, -g - 0.25], [g, g]]]),
+        reference=tables([half, half * 2]),
+        transitions=[DenseTransition(torch.full((1, 2, 2), 0.5, dtype=torch.float64))],
+    )
+    return instance(mdp, {"mu": [half, half * 2]}, logits={name: tables(rows) for name, rows in logits.items()})
+
+
+LOW_MINIMUM = [[[1.037, -2.625]], [[0.576, 1.628], [-6.656, 0.777]]]
+"""From here Newton's method goes to the global minimum of C3."""
+HIGH_MINIMUM = [[[3.082, -0.587]], [[-6.536, 1.705], [-3.254, -4.196]]]
+SADDLE = [[[-1.952, 1.422]], [[-2.275, -1.931], [-1.938, -0.477]]]
+
+
+@pytest.mark.parametrize(
+    ("start", "loss", "minimum"), [(LOW_MINIMUM, 2.179489, True), (HIGH_MINIMUM, 2.435764, True), (SADDLE, None, False)]
+)
+def test_c3_has_stationary_points(start: Rows, loss: float | None, minimum: bool) -> None:
+    problem = ExactProblem(c3({"theta": start}))
+    with ctx.workprec(320):
+        point = stationary_point(problem, problem.logits("theta"), problem.behaviour("mu"))
+    assert point is not None
+    assert point.strict_minimum is minimum
+    assert loss is None or float(point.loss) == pytest.approx(loss, abs=5e-7)
+
+
+def test_c1_needs_deterministic_transitions() -> None:
+    """A proved local minimum loses more than θ*, and more than zero."""
+    mdp = c3({}).mdp
+    case = instance(
+        mdp,
+        {"mu": [[[0.5, 0.5]], [[0.5, 0.5]] * 2]},
+        logits={"theta": tables(HIGH_MINIMUM), "better": solve(mdp).q},
+    )
+    decision = decide("false-c1-stochastic-global", case)
+    assert decision.violated
+    assert decision.left == pytest.approx((2.435764,) * 2, abs=5e-7)
+    assert decision.right == pytest.approx((2.429246,) * 2, abs=5e-7)
+    assert decide("false-c1-stochastic", case).violated
+    zero = [[[0.0, 0.0]], [[0.0, 0.0]] * 2]  # loses more than the worse minimum
+    assert holds(decide("false-c1-stochastic-global", c3({"theta": HIGH_MINIMUM, "better": zero})))
+
+
+def test_no_stationary_point_is_no_verdict() -> None:
+    """Data on one action: the other logit of a later state runs away, and the gradient has no zero there."""
+    case = instance(one_state(2), {"mu": [[[1.0, 0.0]]] * 2}, logits={"theta": tables([[[0.0, 1.0]], [[0.0, 0.5]]])})
+    decision = decide("false-c1-stochastic", case)
+    assert decision.violated is None
+    assert decision.left == (-math.inf, math.inf)
+
+
+def test_b5_constant_is_best_possible() -> None:
+    """The bandit of B5 reaches 0.95 of the right side at F = 20 as K → 0, m/K² → 0; so half the constant is too little."""
+    case = bandit(math.log(1e-10) - 20, 20.0, 1e-24)
+    for statement in ("B5.a", "B5.b"):
+        decision = decide(statement, case)
+        assert holds(decision)
+        assert 0.93 < decision.left[0] / decision.right[1] < 0.951
+    assert decide("false-b5-half", case).violated
+
+
+def test_b7_constant_is_best_possible() -> None:
+    """A small centred residual on the optimum's own data: the regret is half of its second moment, to first order."""
+    f = 1e-3
+    logits = torch.tensor([[f, -f]], dtype=torch.float64) - math.log(2)
+    case = instance(one_state(1), {"mu": [[[0.5, 0.5]]]}, logits={"theta": (logits,)})
+    decision = decide("B7", case)
+    assert holds(decision)
+    assert decision.left[0] / decision.right[1] > 0.99
+    assert decide("false-b7-half", case).violated
+
+
+def test_largest_shift_is_no_bound_of_kappa() -> None:
+    case = instance(one_state(2), {"pi": [[[1.0, 0.0]]] * 2, "mu": [[[0.5, 0.5]]] * 2})
+    assert decide("false-kappa-max-chi", case) == Decision((3.0, 3.0), (2.0, 2.0), True, "rational", 0)
+
+
+# -- borderline cases ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("statement", ["I12", "B1", "B2.a"])
+def test_equality_is_no_violation(statement: str) -> None:
+    """One state per layer, π on one action: κ, Lemma 1's right side and 1 + H(C_∞ - 1) are one number, not a dyadic one."""
+    case = instance(one_state(3), {"pi": [[[1.0, 0.0]]] * 3, "mu": [[[0.3, 0.7]]] * 3})
+    decision = decide(statement, case)
+    assert holds(decision, exact="rational")
+    assert decision.left == decision.right
+
+
+def test_equality_of_second_moment_and_bound_is_no_violation() -> None:
+    case = instance(one_state(1), {"pi": [[[0.9, 0.1]]], "mu": [[[0.3, 0.7]]]})
+    decision = decide("B3", case)  # Λ = C_∞ at H = 1
+    assert holds(decision, exact="rational")
+    assert decision.right[0] == pytest.approx(3.0, rel=1e-12)
+
+
+def test_equality_of_balls_is_left_open() -> None:
+    """C1's bound is attained by data on one pair; L = (½|u|)(2|u|), and no number of digits proves that."""
+    theta = (torch.tensor([[0.3, 0.1]], dtype=torch.float64),)
+    case = instance(one_state(1), {"mu": [[[1.0, 0.0]]]}, logits={"theta": theta})
+    assert decide("C1", case).violated is None
+
+
+@pytest.mark.parametrize("statement", ["I12", "B1", "B2.a", "B2.b", "B3"])
+def test_data_without_an_action_of_the_target(statement: str) -> None:
+    """∞ ≤ ∞ holds; the finite bound of a target that the data cover is not affected by other targets."""
+    data = {"mu": [[[1.0, 0.0]]] * 2}
+    missed = decide(statement, instance(one_state(2), {"pi": [[[0.5, 0.5]]] * 2} | data))
+    assert missed.left == missed.right == (math.inf, math.inf)
+    assert holds(missed, exact="rational")
+    covered = decide(statement, instance(one_state(2), {"pi": [[[1.0, 0.0]]] * 2} | data))
+    assert holds(covered)
+    assert covered.left[0] == pytest.approx(1.0, rel=1e-9)
+
+
+@pytest.mark.parametrize("statement", ["B5.a", "B5.b", "B7"])
+def test_regret_bounds_are_vacuous_without_an_action(statement: str) -> None:
+    case = instance(one_state(2), {"mu": [[[1.0, 0.0]]] * 2}, logits={"theta": tables([[[0.0, 1.0]], [[0.0, 0.5]]])})
+    decision = decide(statement, case)
+    assert decision.right == (math.inf, math.inf)
+    assert holds(decision)
+
+
+def test_regret_bounds_of_a_mixture_that_does_not_identify_the_policy() -> None:
+    mdp = one_state(2, reward=[[[0.0, 1.0]], [[0.5, 0.0]]])
+    case = instance(
+        mdp,
+        {"mu0": [[[1.0, 0.0]]] * 2, "mu1": [[[0.0, 1.0]]] * 2},
+        [(0.5, "mu0"), (0.5, "mu1")],
+        {"theta": tables([[[0.0, 1.0]], [[0.0, 0.5]]])},
+    )
+    for statement in ("B5.a", "B7"):
+        decision = decide(statement, case)
+        assert decision.right == (math.inf, math.inf)
+        assert holds(decision)
+
+
+@pytest.mark.parametrize("statement", [name for name in STATEMENTS if STATEMENTS[name].true])
+def test_extremes(statement: str) -> None:
+    """Probabilities of 1e-200 in four layers, whose products no float holds."""
+    theta = tables([[[0.0, 300.0]], [[-400.0, 0.5]], [[0.0, 0.5]], [[2.0, 0.5]]])
+    policies = {
+        "pi": [[[0.5, 0.5]]] * 4,
+        "mu": [[[1e-200, 1 - 1e-200]], [[0.5, 0.5]], [[1.0, 1e-200]], [[1e-150, 1.0]]],
+    }
+    case = instance(one_state(4), policies, logits={"theta": theta})
+    assert holds(decide(statement, case))
+
+
+# -- against enumeration -------------------------------------------------------------------------------------------
+
+
+def as_fraction(number: fmpq) -> Fraction:
+    return Fraction(int(number.p), int(number.q))
+
+
+def fractions(table: Table) -> list:
+    return [[[as_fraction(x) for x in row] for row in layer] for layer in table]
+
+
+def plain(problem: ExactProblem) -> ref.PlainMDP:
+    """The same problem for enumeration, in fractions where they matter."""
+    return ref.PlainMDP(
+        beta=float(as_fraction(problem.beta)),
+        initial=[as_fraction(x) for x in problem.initial],
+        reward=fractions(problem.reward),
+        reference=fractions(problem.reference),
+        successors=[
+            [[{t: as_fraction(p) for t, p in arcs} for arcs in row] for row in layer]
+            for layer in problem.successors[:-1]
+        ],
+    )
+
+
+def laws(problem: ExactProblem) -> tuple[ref.PlainMDP, ref.Law, ref.Law]:
+    """The problem, P_π and P_μ."""
+    mdp = plain(problem)
+    behaviour = [(as_fraction(weight), fractions(policy)) for weight, policy in problem.behaviour("mu")]
+    return mdp, ref.trajectory_law(mdp, fractions(problem.policy("pi"))), ref.mixture_law(mdp, behaviour)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mixture", [False, True])
+def test_coverage_against_enumeration(kind: str, mixture: bool) -> None:
+    case = random_instance(kind, 1, mixture=mixture)
+    problem = ExactProblem(case)
+    mdp, pi, mu = laws(problem)
+    data, visits = DataMoments(problem, problem.behaviour("mu")), occupancy(problem, problem.policy("pi"))
+    assert as_fraction(data.kappa(visits)) == ref.kappa_by_sup(pi, mu)
+    b2 = decide("B2.b", case)
+    assert b2.left[0] == pytest.approx(ref.lemma1(mdp, pi, mu), rel=1e-12)
+    assert b2.right[0] == pytest.approx(len(mdp.reward) * ref.c_infinity(mdp, pi, mu), rel=1e-12)
+    target = rational_moments(problem, [(fmpq(1), problem.policy("pi"))])
+    with ctx.workprec(300):
+        low, high = (Fraction(end) for end in enclosure(data.second_moment(target)))
+    for bound in (low, high):
+        expected = ref.second_moment_at_most(pi, mu, bound)
+        assert expected is (bound == high)
+        assert data.second_moment_at_most(target, fmpq(bound.numerator, bound.denominator)) is expected
+
+
+def float_plain(problem: ExactProblem) -> ref.PlainMDP:
+    exact = plain(problem)
+
+    def floats(table: list) -> list:
+        return [[[float(x) for x in row] for row in layer] for layer in table]
+
+    return ref.PlainMDP(
+        beta=exact.beta,
+        initial=[float(x) for x in exact.initial],
+        reward=floats(exact.reward),
+        reference=floats(exact.reference),
+        successors=[
+            [[{t: float(p) for t, p in arcs.items()} for arcs in row] for row in layer] for layer in exact.successors
+        ],
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mixture", [False, True])
+def test_regret_and_loss_against_enumeration(kind: str, mixture: bool) -> None:
+    problem = ExactProblem(random_instance(kind, 3, mixture=mixture))
+    mdp, behaviour = float_plain(problem), problem.behaviour("mu")
+    theta = [[[float(as_fraction(x)) for x in row] for row in layer] for layer in problem.logits("theta")]
+    components = [(float(as_fraction(w)), as_floats(policy)) for w, policy in behaviour]
+    law = ref.mixture_law(mdp, components)
+    with ctx.workprec(300):
+        soft = SoftProblem(problem, problem.logits("theta"))
+        own = ref.softmax_policy(mdp, theta)
+        assert float(soft.regret) == pytest.approx(ref.regret(mdp, own), rel=1e-9)
+        assert float(soft.corollary4) == pytest.approx(ref.corollary4(mdp, theta), rel=1e-9)
+        star = ref.trajectory_law(mdp, ref.optimal_policy(mdp))
+        divergence = ref.kl_trajectories(star, ref.trajectory_law(mdp, own))
+        assert float(soft.divergence_from_optimum) == pytest.approx(divergence, rel=1e-9)
+        assert float(soft.loss(behaviour)) == pytest.approx(ref.tbrm_loss(mdp, theta, law), rel=1e-9)
+        residuals: dict[int, list[tuple[float, float]]] = {}
+        for trajectory, p in law.items():
+            residuals.setdefault(trajectory[0][0], []).append((p, ref.residual(mdp, theta, trajectory)))
+        within = sum(
+            sum(p * f * f for p, f in rows) - sum(p * f for p, f in rows) ** 2 / sum(p for p, _ in rows)
+            for rows in residuals.values()
+        )
+        assert float(soft.variance_within_starts(behaviour)) == pytest.approx(within, rel=1e-8)
+        gaps = [max(f for _, f in rows) - min(f for _, f in rows) for rows in residuals.values()]
+        if kind == "deterministic":
+            assert float(soft.spread()) == pytest.approx(max(gaps), rel=1e-9)
+        half = soft.half_gradient(soft.covariances(behaviour))
+        slope = ref.finite_difference(lambda table: ref.tbrm_loss(mdp, table, law), theta)
+    for h, s, a in problem.pairs:
+        assert 2 * float(half[h][s][a]) == pytest.approx(slope[h][s][a], abs=1e-6)
+
+
+@pytest.mark.parametrize("mixture", [False, True])
+def test_theorem2_against_enumeration(mixture: bool) -> None:
+    case = random_instance("deterministic", 5, mixture=mixture)
+    problem = ExactProblem(case)
+    mdp = float_plain(problem)
+    exact, _, data = laws(problem)
+    theta = [[[float(as_fraction(x)) for x in row] for row in layer] for layer in problem.logits("theta")]
+    kappas = [
+        float(ref.kappa_by_sup(ref.trajectory_law(exact, fractions_of(policy)), data))
+        for policy in (ref.optimal_policy(mdp), ref.softmax_policy(mdp, theta))
+    ]
+    float_law = {trajectory: float(p) for trajectory, p in data.items()}
+    root = math.sqrt(ref.tbrm_loss(mdp, theta, float_law))
+    decision = decide("B5.a", case)
+    assert holds(decision)
+    assert decision.right[0] == pytest.approx(mdp.beta * sum(map(math.sqrt, kappas)) * root, rel=1e-9)
+
+
+def fractions_of(table: list) -> list:
+    """Rows of floats, divided by their exact sums."""
+    rows = [[[Fraction(x) for x in row] for row in layer] for layer in table]
+    return [[[x / sum(row) for x in row] for row in layer] for layer in rows]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_fast_rate_against_enumeration(seed: int) -> None:
+    """Λ(π_t, μ) of the enumerated laws P_t ∝ P_{π*} e^{t f} lies below the certified bound and reaches the other one."""
+    case = random_instance("deterministic", seed)
+    problem = ExactProblem(case)
+    mdp = float_plain(problem)
+    theta = [[[float(as_fraction(x)) for x in row] for row in layer] for layer in problem.logits("theta")]
+    star = ref.trajectory_law(mdp, ref.optimal_policy(mdp))
+    law = ref.trajectory_law(mdp, as_floats(problem.policy("mu")))
+    pairs = ref.visited_pairs(star)
+
+    def gram(p: ref.Law) -> np.ndarray:
+        return np.array([[float(x) for x in row] for row in ref.moments(p, pairs)[1]])
+
+    values, vectors = np.linalg.eigh(gram(law))
+    keep = values > 1e-12
+    whitening = vectors[:, keep] / np.sqrt(values[keep])
+
+    def second_moment(t: float) -> float:
+        weights = {tau: p * math.exp(t * ref.residual(mdp, theta, tau)) for tau, p in star.items()}
+        totals: dict[int, float] = {}
+        for tau, weight in weights.items():
+            totals[tau[0][0]] = totals.get(tau[0][0], 0.0) + weight
+        tilted = {tau: w / totals[tau[0][0]] * mdp.initial[tau[0][0]] for tau, w in weights.items()}
+        return float(scipy.linalg.eigvalsh(whitening.T @ gram(tilted) @ whitening)[-1])
+
+    largest = max(second_moment(t) for t in np.linspace(0, 1, 9))
+    decision = decide("B7", case)
+    assert holds(decision)
+    scale = mdp.beta / 2 * ref.tbrm_loss(mdp, theta, law)
+    assert decision.right[0] <= scale * largest * (1 + 1e-6)
+    assert decision.right[1] >= scale * largest * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("statement", [name for name in STATEMENTS if STATEMENTS[name].true])
+def test_true_statements_hold_on_random_instances(kind: str, statement: str) -> None:
+    if STATEMENTS[statement].deterministic and kind != "deterministic":
+        with pytest.raises(InvalidInputError, match="deterministic"):
+            decide(statement, random_instance(kind, 0))
+        return
+    for seed in range(3):
+        assert holds(decide(statement, random_instance(kind, seed)))
+
+
+# -- parts ---------------------------------------------------------------------------------------------------------
+
+
+def test_balls_decide_only_what_is_certain() -> None:
+    wide, narrow = arb(1, 0.5), arb(2, 0.25)
+    assert verdict(Sides(wide, narrow), "at most") is False
+    assert verdict(Sides(narrow, wide), "at most") is True
+    assert verdict(Sides(arb(1, 1), narrow), "at most") is None
+    assert verdict(Sides(arb.nan(), narrow), "at most") is None
+    assert verdict(Sides(arb(1, 1), arb(1, 1)), "equal") is None  # they meet, and nothing is known
+    assert verdict(Sides(arb(1, 1), arb(4, 1)), "equal") is True
+    assert verdict(Sides(arb(1), INFINITY), "at most") is False
+    assert verdict(Sides(INFINITY, fmpq(1)), "at most") is True
+    assert verdict(Sides(INFINITY, fmpq(1)), "equal") is True
+    assert verdict(Sides(INFINITY, INFINITY), "equal") is False
+    assert not is_infinite(arb("0 +/- inf"))
+
+
+def test_floats_enclose() -> None:
+    assert enclosure(fmpq(1, 2)) == (0.5, 0.5)
+    assert enclosure(fmpq(0)) == (0.0, 0.0)
+    low, high = enclosure(fmpq(1, 3))
+    assert Fraction(low) < Fraction(1, 3) < Fraction(high)
+    assert math.nextafter(low, 1) == high
+    assert enclosure(fmpq(10) ** 400) == (pytest.approx(1.7976931348623157e308), math.inf)
+    assert enclosure(arb(10) ** 400)[1] == math.inf
+    assert enclosure(arb.nan()) == (-math.inf, math.inf)
+
+
+def test_positive_semidefinite() -> None:
+    assert is_positive_semidefinite(fmpq_mat([[1, 1], [1, 1]]))
+    assert is_positive_semidefinite(fmpq_mat([[0, 0, 0], [0, 2, 1], [0, 1, fmpq(1, 2)]]))
+    assert not is_positive_semidefinite(fmpq_mat([[0, 1], [1, 5]]))
+    assert not is_positive_semidefinite(fmpq_mat([[2, 3, 0], [3, 4, 0], [0, 0, 1]]))
+    assert not is_positive_semidefinite(fmpq_mat([[1, 0], [0, fmpq(-1, 10**50)]]))
+
+
+def test_top_eigenvalue() -> None:
+    with ctx.workprec(200):
+        ball = top_eigenvalue(arb_mat([[2, 1, 0], [1, 2, 0], [0, 0, fmpq(5, 2)]]), 40)
+    assert ball.contains(3)
+    assert width(enclosure(ball)) < 1e-11
+
+
+def test_rows_are_divided_by_their_exact_sums() -> None:
+    problem = ExactProblem(instance(one_state(1), {"mu": [[[0.1, 0.9]]], "pi": [[[0.3, 0.7]]]}))
+    for name in ("mu", "pi"):
+        assert sum(problem.policy(name)[0][0], fmpq(0)) == 1
+    assert sum(mixed_table(problem.behaviour("mu"))[0][0], fmpq(0)) == 1
+
+
+@pytest.mark.parametrize(
+    ("statement", "policies", "field"),
+    [
+        ("B9", {}, "statement"),
+        ("B1", {"pi": [[[0.5, 0.5, 0.0]]]}, "policies.mu"),
+        ("B1", {"pi": [[[0.5, 0.0, 0.5]]], "mu": [[[0.5, 0.5, 0.0]]]}, r"policies.pi\[0\]\[0\]\[2\]"),
+        ("B5.a", {"mu": [[[0.5, 0.5, 0.0]]]}, "logits.theta"),
+    ],
+)
+def test_refusals(statement: str, policies: dict[str, Rows], field: str) -> None:
+    mdp = RegularizedMDP(
+        beta=1.0,
+        initial=torch.tensor([1.0]),
+        reward=tables([[[0.0, 0.0, 0.0]]]),
+        reference=tables([[[0.5, 0.5, 0.0]]]),
+        transitions=[],
+    )
+    with pytest.raises(InvalidInputError, match=field):
+        decide(statement, instance(mdp, policies))
+
+
+def test_statements_of_markov_data_refuse_a_mixture() -> None:
+    with pytest.raises(InvalidInputError, match="mixtures"):
+        decide("B1", random_instance("deterministic", 0, mixture=True))
