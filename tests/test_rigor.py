@@ -1,17 +1,13 @@
-"""Exact decisions against the known values of theory.md and against enumeration, which shares nothing with them."""
+"""Exact decisions against the known values of theory.md, at equality, at infinity, and their parts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from fractions import Fraction
 
-import numpy as np
 import pytest
-import scipy.linalg
 import torch
 from flint import arb, arb_mat, ctx, fmpq, fmpq_mat
-from torch import Tensor
 
 from tbrm_theory.dynamic_programming import solve
 from tbrm_theory.errors import InvalidInputError
@@ -20,114 +16,26 @@ from tbrm_theory.mdp import RegularizedMDP
 from tbrm_theory.rigor import STATEMENTS, Decision, decide
 from tbrm_theory.rigor.coverage import DataMoments, is_positive_semidefinite, top_eigenvalue
 from tbrm_theory.rigor.decision import INFINITY, Sides, enclosure, is_infinite, verdict
-from tbrm_theory.rigor.problem import ExactProblem, Table, mixed_table, occupancy, rational_moments
+from tbrm_theory.rigor.fast_rate import largest_second_moment
+from tbrm_theory.rigor.problem import ExactProblem, mixed_table, occupancy, rational_moments
 from tbrm_theory.rigor.soft import SoftProblem
-from tbrm_theory.rigor.stationary import stationary_point
-from tbrm_theory.transitions import DenseTransition, DeterministicTransition
-from tests import reference as ref
-from tests.problems import KINDS, random_logits, random_policy, random_problem
-
-Rows = Sequence[Sequence[Sequence[float]]]
-
-
-# -- instances -----------------------------------------------------------------------------------------------------
-
-
-def tables(rows: Rows) -> tuple[Tensor, ...]:
-    return tuple(torch.tensor(layer, dtype=torch.float64) for layer in rows)
-
-
-def deterministic(
-    actions: Sequence[Sequence[int]],
-    next_state: Sequence[Sequence[Sequence[int]]],
-    *,
-    reward: Rows | None = None,
-) -> RegularizedMDP:
-    """β = 1, one start; ``actions[h][s]`` actions, uniform under the reference; padded successors."""
-    width = [max(counts) for counts in actions]
-    uniform = [[[1 / n] * n + [0.0] * (w - n) for n in counts] for counts, w in zip(actions, width, strict=True)]
-    return RegularizedMDP(
-        beta=1.0,
-        initial=torch.tensor([1.0] + [0.0] * (len(actions[0]) - 1)),
-        reward=[torch.zeros_like(table) for table in tables(uniform)] if reward is None else tables(reward),
-        reference=tables(uniform),
-        transitions=[
-            DeterministicTransition(torch.tensor(layer), len(counts))
-            for layer, counts in zip(next_state, actions[1:], strict=True)
-        ],
-    )
-
-
-def one_state(horizon: int, *, reward: Rows | None = None) -> RegularizedMDP:
-    """Two actions in the only state of every layer."""
-    return deterministic([[2]] * horizon, [[[0, 0]]] * (horizon - 1), reward=reward)
-
-
-def binary_tree(horizon: int) -> RegularizedMDP:
-    return deterministic(
-        [[2] * 2**h for h in range(horizon)], [[[2 * s, 2 * s + 1] for s in range(2**h)] for h in range(horizon - 1)]
-    )
-
-
-def instance(
-    mdp: RegularizedMDP,
-    policies: dict[str, Rows],
-    mixture: Sequence[tuple[float, str]] | None = None,
-    logits: dict[str, tuple[Tensor, ...]] | None = None,
-) -> Instance:
-    return Instance.from_probabilities(
-        mdp,
-        {name: tables(rows) for name, rows in policies.items()},
-        {"mu": mixture} if mixture else {},
-        logits or {},
-    )
-
-
-def sharp(horizon: int, c: fmpq, g: fmpq) -> tuple[RegularizedMDP, list, list]:
-    """B3's sharp family, in rationals: the problem, π and μ. Layer 1: gA, gB, bad; later A has one action, B has two."""
-    mdp = deterministic(
-        [[3]] + [[1, 2]] * (horizon - 1), [[[0, 1, 1]]] + [[[0, 0], [1, 1]]] * (horizon - 2) if horizon > 1 else []
-    )
-    one, zero = fmpq(1), fmpq(0)
-    first_b = g * (1 - 1 / c) / (1 - g)
-    first_a = 1 / c - first_b
-    mu = [[[first_a, first_b, 1 - 1 / c]]] + [[[one, zero], [g, 1 - g]]] * (horizon - 1)
-    pi = [[[c * first_a, c * first_b, zero]]] + [[[one, zero], [one, zero]]] * (horizon - 1)
-    return mdp, pi, mu
-
-
-def as_floats(table: Table) -> Rows:
-    return [[[float(Fraction(int(x.p), int(x.q))) for x in row] for row in layer] for layer in table]
-
-
-def bandit(reward: float, theta: float, mu: float) -> Instance:
-    """β = 1, A = 2, H = 1: ``R_β = (reward, 0) - log 2``, ``f ≈ (theta, 0)``, and data with ``μ(1) = mu``."""
-    logits = torch.tensor([[reward + theta - math.log(2), -math.log(2)]], dtype=torch.float64)
-    return instance(one_state(1, reward=[[[reward, 0.0]]]), {"mu": [[[mu, 1 - mu]]]}, logits={"theta": (logits,)})
-
-
-def random_instance(kind: str, seed: int, *, mixture: bool = False) -> Instance:
-    mdp = random_problem(kind, seed)
-    names = ("mu0", "mu1", "pi") if mixture else ("mu", "pi")
-    return Instance(
-        mdp,
-        {name: random_policy(mdp, seed + i) for i, name in enumerate(names)},
-        {"mu": [(0.25, "mu0"), (0.75, "mu1")]} if mixture else {},
-        {"theta": random_logits(mdp, seed + 7)},
-    )
-
-
-def holds(decision: Decision, *, exact: str | None = None) -> bool:
-    assert decision.left[0] <= decision.left[1]
-    assert decision.right[0] <= decision.right[1]
-    assert exact is None or decision.exact == exact
-    assert decision.violated is not None
-    return not decision.violated
-
-
-def width(ends: tuple[float, float]) -> float:
-    return (ends[1] - ends[0]) / abs(ends[0])
-
+from tbrm_theory.rigor.stationary import Search, stationary_point
+from tbrm_theory.transitions import DenseTransition
+from tests.exact_instances import (
+    Rows,
+    as_floats,
+    as_fraction,
+    bandit,
+    binary_tree,
+    deterministic,
+    holds,
+    instance,
+    one_state,
+    random_instance,
+    sharp,
+    tables,
+    width,
+)
 
 # -- known values of theory.md -------------------------------------------------------------------------------------
 
@@ -351,178 +259,6 @@ def test_extremes(statement: str) -> None:
     assert holds(decide(statement, case))
 
 
-# -- against enumeration -------------------------------------------------------------------------------------------
-
-
-def as_fraction(number: fmpq) -> Fraction:
-    return Fraction(int(number.p), int(number.q))
-
-
-def fractions(table: Table) -> list:
-    return [[[as_fraction(x) for x in row] for row in layer] for layer in table]
-
-
-def plain(problem: ExactProblem) -> ref.PlainMDP:
-    """The same problem for enumeration, in fractions where they matter."""
-    return ref.PlainMDP(
-        beta=float(as_fraction(problem.beta)),
-        initial=[as_fraction(x) for x in problem.initial],
-        reward=fractions(problem.reward),
-        reference=fractions(problem.reference),
-        successors=[
-            [[{t: as_fraction(p) for t, p in arcs} for arcs in row] for row in layer]
-            for layer in problem.successors[:-1]
-        ],
-    )
-
-
-def laws(problem: ExactProblem) -> tuple[ref.PlainMDP, ref.Law, ref.Law]:
-    """The problem, P_π and P_μ."""
-    mdp = plain(problem)
-    behaviour = [(as_fraction(weight), fractions(policy)) for weight, policy in problem.behaviour("mu")]
-    return mdp, ref.trajectory_law(mdp, fractions(problem.policy("pi"))), ref.mixture_law(mdp, behaviour)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("mixture", [False, True])
-def test_coverage_against_enumeration(kind: str, mixture: bool) -> None:
-    case = random_instance(kind, 1, mixture=mixture)
-    problem = ExactProblem(case)
-    mdp, pi, mu = laws(problem)
-    data, visits = DataMoments(problem, problem.behaviour("mu")), occupancy(problem, problem.policy("pi"))
-    assert as_fraction(data.kappa(visits)) == ref.kappa_by_sup(pi, mu)
-    b2 = decide("B2.b", case)
-    assert b2.left[0] == pytest.approx(ref.lemma1(mdp, pi, mu), rel=1e-12)
-    assert b2.right[0] == pytest.approx(len(mdp.reward) * ref.c_infinity(mdp, pi, mu), rel=1e-12)
-    target = rational_moments(problem, [(fmpq(1), problem.policy("pi"))])
-    with ctx.workprec(300):
-        low, high = (Fraction(end) for end in enclosure(data.second_moment(target)))
-    for bound in (low, high):
-        expected = ref.second_moment_at_most(pi, mu, bound)
-        assert expected is (bound == high)
-        assert data.second_moment_at_most(target, fmpq(bound.numerator, bound.denominator)) is expected
-
-
-def float_plain(problem: ExactProblem) -> ref.PlainMDP:
-    exact = plain(problem)
-
-    def floats(table: list) -> list:
-        return [[[float(x) for x in row] for row in layer] for layer in table]
-
-    return ref.PlainMDP(
-        beta=exact.beta,
-        initial=[float(x) for x in exact.initial],
-        reward=floats(exact.reward),
-        reference=floats(exact.reference),
-        successors=[
-            [[{t: float(p) for t, p in arcs.items()} for arcs in row] for row in layer] for layer in exact.successors
-        ],
-    )
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("mixture", [False, True])
-def test_regret_and_loss_against_enumeration(kind: str, mixture: bool) -> None:
-    problem = ExactProblem(random_instance(kind, 3, mixture=mixture))
-    mdp, behaviour = float_plain(problem), problem.behaviour("mu")
-    theta = [[[float(as_fraction(x)) for x in row] for row in layer] for layer in problem.logits("theta")]
-    components = [(float(as_fraction(w)), as_floats(policy)) for w, policy in behaviour]
-    law = ref.mixture_law(mdp, components)
-    with ctx.workprec(300):
-        soft = SoftProblem(problem, problem.logits("theta"))
-        own = ref.softmax_policy(mdp, theta)
-        assert float(soft.regret) == pytest.approx(ref.regret(mdp, own), rel=1e-9)
-        assert float(soft.corollary4) == pytest.approx(ref.corollary4(mdp, theta), rel=1e-9)
-        star = ref.trajectory_law(mdp, ref.optimal_policy(mdp))
-        divergence = ref.kl_trajectories(star, ref.trajectory_law(mdp, own))
-        assert float(soft.divergence_from_optimum) == pytest.approx(divergence, rel=1e-9)
-        assert float(soft.loss(behaviour)) == pytest.approx(ref.tbrm_loss(mdp, theta, law), rel=1e-9)
-        residuals: dict[int, list[tuple[float, float]]] = {}
-        for trajectory, p in law.items():
-            residuals.setdefault(trajectory[0][0], []).append((p, ref.residual(mdp, theta, trajectory)))
-        within = sum(
-            sum(p * f * f for p, f in rows) - sum(p * f for p, f in rows) ** 2 / sum(p for p, _ in rows)
-            for rows in residuals.values()
-        )
-        assert float(soft.variance_within_starts(behaviour)) == pytest.approx(within, rel=1e-8)
-        gaps = [max(f for _, f in rows) - min(f for _, f in rows) for rows in residuals.values()]
-        if kind == "deterministic":
-            assert float(soft.spread()) == pytest.approx(max(gaps), rel=1e-9)
-        half = soft.half_gradient(soft.covariances(behaviour))
-        slope = ref.finite_difference(lambda table: ref.tbrm_loss(mdp, table, law), theta)
-    for h, s, a in problem.pairs:
-        assert 2 * float(half[h][s][a]) == pytest.approx(slope[h][s][a], abs=1e-6)
-
-
-@pytest.mark.parametrize("mixture", [False, True])
-def test_theorem2_against_enumeration(mixture: bool) -> None:
-    case = random_instance("deterministic", 5, mixture=mixture)
-    problem = ExactProblem(case)
-    mdp = float_plain(problem)
-    exact, _, data = laws(problem)
-    theta = [[[float(as_fraction(x)) for x in row] for row in layer] for layer in problem.logits("theta")]
-    kappas = [
-        float(ref.kappa_by_sup(ref.trajectory_law(exact, fractions_of(policy)), data))
-        for policy in (ref.optimal_policy(mdp), ref.softmax_policy(mdp, theta))
-    ]
-    float_law = {trajectory: float(p) for trajectory, p in data.items()}
-    root = math.sqrt(ref.tbrm_loss(mdp, theta, float_law))
-    decision = decide("B5.a", case)
-    assert holds(decision)
-    assert decision.right[0] == pytest.approx(mdp.beta * sum(map(math.sqrt, kappas)) * root, rel=1e-9)
-
-
-def fractions_of(table: list) -> list:
-    """Rows of floats, divided by their exact sums."""
-    rows = [[[Fraction(x) for x in row] for row in layer] for layer in table]
-    return [[[x / sum(row) for x in row] for row in layer] for layer in rows]
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_fast_rate_against_enumeration(seed: int) -> None:
-    """Λ(π_t, μ) of the enumerated laws P_t ∝ P_{π*} e^{t f} lies below the certified bound and reaches the other one."""
-    case = random_instance("deterministic", seed)
-    problem = ExactProblem(case)
-    mdp = float_plain(problem)
-    theta = [[[float(as_fraction(x)) for x in row] for row in layer] for layer in problem.logits("theta")]
-    star = ref.trajectory_law(mdp, ref.optimal_policy(mdp))
-    law = ref.trajectory_law(mdp, as_floats(problem.policy("mu")))
-    pairs = ref.visited_pairs(star)
-
-    def gram(p: ref.Law) -> np.ndarray:
-        return np.array([[float(x) for x in row] for row in ref.moments(p, pairs)[1]])
-
-    values, vectors = np.linalg.eigh(gram(law))
-    keep = values > 1e-12
-    whitening = vectors[:, keep] / np.sqrt(values[keep])
-
-    def second_moment(t: float) -> float:
-        weights = {tau: p * math.exp(t * ref.residual(mdp, theta, tau)) for tau, p in star.items()}
-        totals: dict[int, float] = {}
-        for tau, weight in weights.items():
-            totals[tau[0][0]] = totals.get(tau[0][0], 0.0) + weight
-        tilted = {tau: w / totals[tau[0][0]] * mdp.initial[tau[0][0]] for tau, w in weights.items()}
-        return float(scipy.linalg.eigvalsh(whitening.T @ gram(tilted) @ whitening)[-1])
-
-    largest = max(second_moment(t) for t in np.linspace(0, 1, 9))
-    decision = decide("B7", case)
-    assert holds(decision)
-    scale = mdp.beta / 2 * ref.tbrm_loss(mdp, theta, law)
-    assert decision.right[0] <= scale * largest * (1 + 1e-6)
-    assert decision.right[1] >= scale * largest * (1 - 1e-6)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("statement", [name for name in STATEMENTS if STATEMENTS[name].true])
-def test_true_statements_hold_on_random_instances(kind: str, statement: str) -> None:
-    if STATEMENTS[statement].deterministic and kind != "deterministic":
-        with pytest.raises(InvalidInputError, match="deterministic"):
-            decide(statement, random_instance(kind, 0))
-        return
-    for seed in range(3):
-        assert holds(decide(statement, random_instance(kind, seed)))
-
-
 # -- parts ---------------------------------------------------------------------------------------------------------
 
 
@@ -567,6 +303,55 @@ def test_top_eigenvalue() -> None:
     assert width(enclosure(ball)) < 1e-11
 
 
+def test_a_proof_of_a_zero_needs_one() -> None:
+    """Krawczyk's test accepts a stationary point and refuses its neighbours."""
+    problem = ExactProblem(c3({"theta": HIGH_MINIMUM}))
+    with ctx.workprec(320):
+        search = Search(problem, problem.logits("theta"), problem.behaviour("mu"))
+        point = search.start
+        for _ in range(12):
+            gradient, slope = search.gradient(point)
+            point = (point - slope.solve(gradient)).mid()
+        assert search.proof(point) is not None
+        off = arb_mat(point.nrows(), 1, [arb(2) ** -70] * point.nrows())
+        assert search.proof(point + off) is None
+
+
+def test_the_slope_is_the_derivative_of_the_gradient() -> None:
+    problem = ExactProblem(random_instance("dense", 2, mixture=True))
+    with ctx.workprec(320):
+        search = Search(problem, problem.logits("theta"), problem.behaviour("mu"))
+        slope, step = search.gradient(search.start)[1], arb(2) ** -80
+        for j in range(len(search.free)):
+            shift = arb_mat(len(search.free), 1)
+            shift[j, 0] = step
+            ahead, behind = (search.gradient(search.start + sign * shift)[0] for sign in (1, -1))
+            for i in range(len(search.free)):
+                assert abs((ahead[i, 0] - behind[i, 0]) / (2 * step) - slope[i, j]) < arb(2) ** -100
+
+
+def test_the_supremum_over_t_may_be_inside() -> None:
+    """Three actions, ``π_t ∝ (e^{(3/10 - t)F}, c, e^{(t - 3/10)F})``, little data on the second: Λ is largest at t = 3/10."""
+    peak, f, c, rare = 0.3, 8.0, 2.0, 2.0**-10
+    log_actions = math.log(3)
+    reward = [peak * f + log_actions, math.log(c) + log_actions, -peak * f + log_actions]
+    log_optimum = torch.tensor([[peak * f, math.log(c), -peak * f]], dtype=torch.float64)
+    theta = log_optimum + torch.tensor([[-f, 0.0, f]], dtype=torch.float64)
+    case = instance(
+        deterministic([[3]], [], reward=[[reward]]),
+        {"mu": [[[0.5, rare, 0.5 - rare]]]},
+        logits={"theta": (theta,)},
+    )
+    problem = ExactProblem(case)
+    with ctx.workprec(320):
+        soft, data = SoftProblem(problem, problem.logits("theta")), DataMoments(problem, problem.behaviour("mu"))
+        supremum = arb(c / (c + 2)) / arb(rare)
+        above = largest_second_moment(soft, data, supremum * arb(1.01))
+        below = largest_second_moment(soft, data, supremum * arb(0.99))
+    assert float(supremum) * (1 - 1e-9) < float(above.high) < float(supremum) * 1.01
+    assert float(supremum) * 0.99 < float(below.low) < float(supremum) * (1 + 1e-9)
+
+
 def test_rows_are_divided_by_their_exact_sums() -> None:
     problem = ExactProblem(instance(one_state(1), {"mu": [[[0.1, 0.9]]], "pi": [[[0.3, 0.7]]]}))
     for name in ("mu", "pi"):
@@ -593,6 +378,12 @@ def test_refusals(statement: str, policies: dict[str, Rows], field: str) -> None
     )
     with pytest.raises(InvalidInputError, match=field):
         decide(statement, instance(mdp, policies))
+
+
+def test_the_optimum_is_no_rational_policy() -> None:
+    case = instance(one_state(1), {"pi": [[[0.5, 0.5]]]}, [(1.0, "optimal")])
+    with pytest.raises(InvalidInputError, match=r"policies\.optimal"):
+        decide("B2.b", case)
 
 
 def test_statements_of_markov_data_refuse_a_mixture() -> None:

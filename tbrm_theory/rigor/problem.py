@@ -117,10 +117,12 @@ class ExactProblem:
         """A policy of the instance, or ``reference``.
 
         Raises:
-            InvalidInputError: no such policy, or mass on an action that does not exist.
+            InvalidInputError: no such policy, the optimum, or mass on an action that does not exist.
         """
         if name == "reference":
             return self.reference
+        if name == "optimal":
+            raise InvalidInputError("policies.optimal", "expected a policy of rational numbers, found the optimum")
         if name not in self.instance.probabilities:
             raise InvalidInputError(f"policies.{name}", "expected this policy in the instance, found none")
         table = self._policy(self.instance.probabilities[name])

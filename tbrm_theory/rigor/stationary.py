@@ -24,7 +24,7 @@ from tbrm_theory.rigor.problem import (
 )
 from tbrm_theory.rigor.soft import SoftProblem
 
-__all__ = ["StationaryPoint", "stationary_point"]
+__all__ = ["Search", "StationaryPoint", "stationary_point"]
 
 NEWTON_STEPS = 60
 
@@ -43,7 +43,7 @@ class StationaryPoint:
 
 def stationary_point(problem: ExactProblem, logits: Table, behaviour: Sequence[Component]) -> StationaryPoint | None:
     """Newton's method from ``logits``, then the proof; None if there is none at this precision."""
-    search = _Search(problem, logits, behaviour)
+    search = Search(problem, logits, behaviour)
     point = search.start
     try:
         for _ in range(NEWTON_STEPS):
@@ -57,7 +57,9 @@ def stationary_point(problem: ExactProblem, logits: Table, behaviour: Sequence[C
     return None
 
 
-class _Search:
+class Search:
+    """The gradient and the Hessian of ``½L`` as functions of the free coordinates, columns of balls."""
+
     def __init__(self, problem: ExactProblem, logits: Table, behaviour: Sequence[Component]) -> None:
         self.problem, self.logits, self.behaviour = problem, logits, behaviour
         visits = mixed_table([(weight, occupancy(problem, policy)) for weight, policy in behaviour])
@@ -102,6 +104,11 @@ class _Search:
         return arb_mat(len(self.free), 1, [half[h][s][a] for h, s, a in self.free]), slope
 
     def proof(self, point: arb_mat) -> StationaryPoint | None:
+        """Krawczyk's test of a small box around the point.
+
+        Raises:
+            ZeroDivisionError: the Hessian may be singular.
+        """
         radius = arb(2) ** (-ctx.prec // 4)
         offset = arb_mat(point.nrows(), 1, [arb(0, radius)] * point.nrows())
         box = point + offset
