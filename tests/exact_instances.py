@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 import torch
@@ -58,7 +58,7 @@ def binary_tree(horizon: int) -> RegularizedMDP:
 
 def instance(
     mdp: RegularizedMDP,
-    policies: dict[str, Rows],
+    policies: Mapping[str, Rows],
     mixture: Sequence[tuple[float, str]] | None = None,
     logits: dict[str, tuple[Tensor, ...]] | None = None,
 ) -> Instance:
@@ -87,7 +87,7 @@ def as_fraction(number: fmpq) -> Fraction:
     return Fraction(int(number.p), int(number.q))
 
 
-def as_floats(table: Table) -> Rows:
+def as_floats(table: Table) -> list[list[list[float]]]:
     return [[[float(as_fraction(x)) for x in row] for row in layer] for layer in table]
 
 

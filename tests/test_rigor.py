@@ -15,7 +15,7 @@ from tbrm_theory.instance import Instance
 from tbrm_theory.mdp import RegularizedMDP
 from tbrm_theory.rigor import STATEMENTS, Decision, decide
 from tbrm_theory.rigor.coverage import DataMoments, is_positive_semidefinite, top_eigenvalue
-from tbrm_theory.rigor.decision import INFINITY, Sides, enclosure, is_infinite, verdict
+from tbrm_theory.rigor.decision import INFINITY, Between, Sides, enclosure, is_infinite, verdict
 from tbrm_theory.rigor.fast_rate import largest_second_moment
 from tbrm_theory.rigor.problem import ExactProblem, mixed_table, occupancy, rational_moments
 from tbrm_theory.rigor.soft import SoftProblem
@@ -275,6 +275,11 @@ def test_balls_decide_only_what_is_certain() -> None:
     assert verdict(Sides(INFINITY, fmpq(1)), "equal") is True
     assert verdict(Sides(INFINITY, INFINITY), "equal") is False
     assert not is_infinite(arb("0 +/- inf"))
+    assert verdict(Sides(arb(2), Between(arb(1), arb(3))), "at most") is None
+    assert verdict(Sides(arb(2), Between(arb(1), INFINITY)), "at most") is None
+    assert verdict(Sides(arb(2), Between(arb(3), INFINITY)), "at most") is False
+    assert verdict(Sides(arb(4), Between(arb(1), arb(3))), "at most") is True
+    assert enclosure(Between(arb(1), INFINITY)) == (math.nextafter(1, 0), math.inf)
 
 
 def test_floats_enclose() -> None:
@@ -299,7 +304,9 @@ def test_positive_semidefinite() -> None:
 def test_top_eigenvalue() -> None:
     with ctx.workprec(200):
         ball = top_eigenvalue(arb_mat([[2, 1, 0], [1, 2, 0], [0, 0, fmpq(5, 2)]]), 40)
+        twice = top_eigenvalue(arb_mat([[3, 0], [0, 3]]), 40)
     assert ball.contains(3)
+    assert twice.contains(3)
     assert width(enclosure(ball)) < 1e-11
 
 

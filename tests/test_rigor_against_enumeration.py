@@ -83,6 +83,21 @@ def float_plain(problem: ExactProblem) -> ref.PlainMDP:
     )
 
 
+def residuals_by_start(mdp: ref.PlainMDP, theta: ref.Table, law: ref.Law) -> dict[int, list[tuple[float, float]]]:
+    """``(P(τ), f_θ(τ))`` by initial state."""
+    found: dict[int, list[tuple[float, float]]] = {}
+    for trajectory, p in law.items():
+        found.setdefault(trajectory[0][0], []).append((float(p), ref.residual(mdp, theta, trajectory)))
+    return found
+
+
+def variance_within_starts(residuals: dict[int, list[tuple[float, float]]]) -> float:
+    return sum(
+        sum(p * f * f for p, f in rows) - sum(p * f for p, f in rows) ** 2 / sum(p for p, _ in rows)
+        for rows in residuals.values()
+    )
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mixture", [False, True])
 def test_regret_and_loss_against_enumeration(kind: str, mixture: bool) -> None:
@@ -100,19 +115,28 @@ def test_regret_and_loss_against_enumeration(kind: str, mixture: bool) -> None:
         divergence = ref.kl_trajectories(star, ref.trajectory_law(mdp, own))
         assert float(soft.divergence_from_optimum) == pytest.approx(divergence, rel=1e-9)
         assert float(soft.loss(behaviour)) == pytest.approx(ref.tbrm_loss(mdp, theta, law), rel=1e-9)
-        residuals: dict[int, list[tuple[float, float]]] = {}
-        for trajectory, p in law.items():
-            residuals.setdefault(trajectory[0][0], []).append((p, ref.residual(mdp, theta, trajectory)))
-        within = sum(
-            sum(p * f * f for p, f in rows) - sum(p * f for p, f in rows) ** 2 / sum(p for p, _ in rows)
-            for rows in residuals.values()
-        )
+        residuals = residuals_by_start(mdp, theta, law)
+        within = variance_within_starts(residuals)
         assert float(soft.variance_within_starts(behaviour)) == pytest.approx(within, rel=1e-8)
         gaps = [max(f for _, f in rows) - min(f for _, f in rows) for rows in residuals.values()]
         if kind == "deterministic":
             assert float(soft.spread()) == pytest.approx(max(gaps), rel=1e-9)
         half = soft.half_gradient(soft.covariances(behaviour))
         slope = ref.finite_difference(lambda table: ref.tbrm_loss(mdp, table, law), theta)
+    if kind == "deterministic":
+        weights = ref.occupancy_state_action(mdp, law)
+        terms = ref.tabulate(
+            mdp.reward,
+            lambda h, s, a: (
+                (math.log(own[h][s][a]) if h else theta[h][s][a]) - ref.soft_reward(mdp, h, s, a)
+                if weights[h][s][a] > 0
+                else 0.0
+            ),
+        )
+        largest = max(abs(u) for layer in terms for row in layer for u in row)
+        norm = sum(abs(x) for layer in slope for row in layer for x in row)
+        expected = len(mdp.reward) / 2 * largest * norm
+        assert decide("C1", problem.instance).right[0] == pytest.approx(expected, rel=1e-6)
     for h, s, a in problem.pairs:
         assert 2 * float(half[h][s][a]) == pytest.approx(slope[h][s][a], abs=1e-6)
 
@@ -133,6 +157,10 @@ def test_theorem2_against_enumeration(mixture: bool) -> None:
     decision = decide("B5.a", case)
     assert holds(decision)
     assert decision.right[0] == pytest.approx(mdp.beta * sum(map(math.sqrt, kappas)) * root, rel=1e-9)
+    spread = math.sqrt(variance_within_starts(residuals_by_start(mdp, theta, float_law)))
+    decision = decide("B5.b", case)
+    assert holds(decision)
+    assert decision.right[0] == pytest.approx(mdp.beta * sum(math.sqrt(k - 1) for k in kappas) * spread, rel=1e-8)
 
 
 def fractions_of(table: list) -> list:

@@ -7,6 +7,7 @@ at the centre of an interval thus bounds Λ on all of it.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from flint import arb, arb_mat, fmpq
@@ -18,10 +19,12 @@ from tbrm_theory.rigor.soft import SoftProblem
 
 __all__ = ["largest_second_moment"]
 
-SQUARINGS = 24
-"""Enough for a relative 1e-6, far less than the subdivision leaves."""
-EVALUATIONS = 400
-"""Then the subdivision gives up, and the enclosure is as wide as it is."""
+SQUARINGS = 16
+"""Enough for a relative 1e-4, less than the subdivision leaves."""
+TIGHT, ENOUGH_SUBDIVISIONS = fmpq(1, 100), 50
+"""How narrow the enclosure is to be, and after how many subdivisions it may be wider if only it is decided."""
+MOST_SUBDIVISIONS = 200
+"""Then the subdivision gives up undecided."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,10 @@ class _Interval:
 
 
 def largest_second_moment(soft: SoftProblem, data: DataMoments, threshold: arb) -> Between:
-    """``sup_t Λ(π_t, μ)``, refined until it is known on which side of ``threshold``; deterministic transitions, Λ finite."""
+    """``sup_t Λ(π_t, μ)``, refined until it is known to one part in a hundred, and on which side of ``threshold`` it lies.
+
+    Transitions are deterministic and Λ finite (``data.identifies_all``).
+    """
     spread = soft.spread()
     low = arb(1)
     for t in (fmpq(0), fmpq(1, 2), fmpq(1)):
@@ -46,18 +52,20 @@ def largest_second_moment(soft: SoftProblem, data: DataMoments, threshold: arb) 
         return _Interval(centre, radius, value, value * (spread * radius).exp())
 
     pending = [interval(fmpq(1, 2), fmpq(1, 2)), interval(fmpq(0), fmpq(0)), interval(fmpq(1), fmpq(0))]
-    for _ in range(EVALUATIONS // 2):
+    for subdivisions in range(MOST_SUBDIVISIONS):
         if any(part.value.is_nan() for part in pending):
             return Between(low, INFINITY)
         low = max([low, *(part.value for part in pending)], key=lambda value: float(value.lower()))
-        widest = max(pending, key=lambda part: float(part.bound.upper()))
-        if low > threshold or widest.bound < threshold:
+        high = functools.reduce(arb.max, [part.bound for part in pending])
+        decided = low > threshold or high < threshold
+        if decided and (high < low * (1 + TIGHT) or subdivisions >= ENOUGH_SUBDIVISIONS):
             break
+        widest = max(pending, key=lambda part: float(part.bound.upper()))
         pending.remove(widest)
         third = widest.radius / 3
         pending.append(_Interval(widest.centre, third, widest.value, widest.value * (spread * third).exp()))
         pending += [interval(centre, third) for centre in (widest.centre - 2 * third, widest.centre + 2 * third)]
-    return Between(low, widest.bound)
+    return Between(low, high)
 
 
 def tilted_moments(soft: SoftProblem, data: DataMoments, t: fmpq) -> arb_mat:
