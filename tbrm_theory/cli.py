@@ -90,6 +90,7 @@ def verify(
     families: tuple[str, ...] = (),
     instances: int = 200,
     seed: int = 0,
+    file: Path | None = None,
     json: Path | None = None,
 ) -> int:
     """Check the claims of the theory on problems of every family: two sides by independent code, one line for each claim.
@@ -103,11 +104,13 @@ def verify(
         families: Names as listed by "tbrm families"; all of them if not given.
         instances: Problems for each claim.
         seed: First seed; "--families NAME --seed SEED --instances 1" repeats what the table names.
+        file: Instance file to try the claims on instead of families, with its own policies and logits; claims about problems
+            of their own are then left out.
         json: File to write the outcome of every claim to.
     """
     from tbrm_theory.claims.command import verify_command  # imports gymnasium, like families
 
-    return verify_command(claims, families, instances, seed, json)
+    return verify_command(claims, families, instances, seed, file, json)
 
 
 COMMANDS: dict[str, Callable[..., int]] = {

@@ -22,7 +22,7 @@ from tbrm_theory.claims import loss_identities as loss_claims
 from tbrm_theory.claims.cases import case_of, small_options
 from tbrm_theory.claims.command import verify_command
 from tbrm_theory.claims.comparison import EPSILON, Comparison
-from tbrm_theory.claims.verification import Outcome, by_number
+from tbrm_theory.claims.verification import Attempt, Outcome, by_number
 from tbrm_theory.cli import main
 from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.families import FAMILIES, make
@@ -355,10 +355,10 @@ def test_a_number_is_as_good_as_the_worst_of_its_parts() -> None:
     case = make_case("chain", 0)
     parts: list[Claim] = select(["I2"])
     outcomes = {claim.id: Outcome() for claim in parts}
-    outcomes["I2.a"].add(compare([1.0], [1.0]), case)
-    outcomes["I2.a"].add(compare([1.0], [1.0 + 4 * EPSILON]), case)
+    outcomes["I2.a"].add(Attempt.of(compare([1.0], [1.0]), case))
+    outcomes["I2.a"].add(Attempt.of(compare([1.0], [1.0 + 4 * EPSILON]), case))
     for claim in parts[1:]:
-        outcomes[claim.id].add(compare([1.0], [1.0]), case)
+        outcomes[claim.id].add(Attempt.of(compare([1.0], [1.0]), case))
     assert by_number(parts, outcomes)["I2"].verdict is Verdict.HOLDS
     assert by_number(parts, outcomes)["I2"].instances == 1
     assert by_number(parts, outcomes)["I2"].worst == outcomes["I2.a"].worst
@@ -366,14 +366,14 @@ def test_a_number_is_as_good_as_the_worst_of_its_parts() -> None:
     outcomes["I2.b"].skipped["stochastic transitions"] = 3
     assert by_number(parts, outcomes)["I2"].verdict is Verdict.NOT_EXERCISED
     assert by_number(parts, outcomes)["I2"].skipped == {"stochastic transitions": 3}
-    outcomes["I2.c"].add(compare([1.0], [2.0]), case)
+    outcomes["I2.c"].add(Attempt.of(compare([1.0], [2.0]), case))
     assert by_number(parts, outcomes)["I2"].verdict is Verdict.VIOLATED
 
 
 def test_the_tightest_instance_of_an_inequality_is_kept() -> None:
     outcome = Outcome()
     for seed, left in enumerate((1.0, 3.0, 2.0)):
-        outcome.add(compare([left], [4.0], "at most"), make_case("chain", seed))
+        outcome.add(Attempt.of(compare([left], [4.0], "at most"), make_case("chain", seed)))
     assert outcome.worst is not None
     assert (outcome.worst.ratio, outcome.worst.seed) == (0.75, 1)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from tbrm_theory.dynamic_programming import Solution, admissible_logits, soft_policy, solve
 from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.families import FAMILIES, make
+from tbrm_theory.instance import Instance
 from tbrm_theory.losses import TrajectoryScores
 from tbrm_theory.mdp import RegularizedMDP
 from tbrm_theory.occupancy import Enumeration, enumerate_trajectories
@@ -27,7 +28,7 @@ from tbrm_theory.scores import table_scores
 from tbrm_theory.shapes import PerLayerState, PerLayerStateAction
 from tbrm_theory.trajectories import TrajectoryBatch
 
-__all__ = ["DRAWS", "MOST_TRAJECTORIES", "Case", "make_case", "small_options"]
+__all__ = ["DRAWS", "MOST_TRAJECTORIES", "Case", "case_of", "check_family", "file_case", "make_case", "small_options"]
 
 DRAWS = 2
 """Policies, logits and functions in a case."""
@@ -161,9 +162,13 @@ def make_case(family: str, seed: int) -> Case:
     Raises:
         InvalidInputError: no such family.
     """
-    if family not in FAMILIES:
-        raise InvalidInputError("families", f"unknown family {family!r}; expected one of {', '.join(FAMILIES)}")
+    check_family(family)
     return case_of(make(family, seed=seed, **small_options(family, seed)), family, seed)
+
+
+def check_family(name: str) -> None:
+    if name not in FAMILIES:
+        raise InvalidInputError("families", f"unknown family {name!r}; expected one of {', '.join(FAMILIES)}")
 
 
 def case_of(mdp: RegularizedMDP, family: str, seed: int) -> Case:
@@ -192,6 +197,31 @@ def case_of(mdp: RegularizedMDP, family: str, seed: int) -> Case:
         ),
         gauge=tuple(table[..., 0] for table in tables(1.0, 3.0)),
     )
+
+
+def file_case(instance: Instance, name: str, seed: int) -> Case:
+    """A case on the problem of a file: its logits and policies by turns where it has some, and what is missing drawn.
+
+    The policies stand in for ``π†``, which may leave out actions; those that take actions that do not exist are left out.
+    """
+    case = case_of(instance.mdp, name, seed)
+
+    def two(tables: Sequence[PerLayerStateAction]) -> PerLayerStateAction:
+        chosen = [tables[(seed + i) % len(tables)] for i in range(DRAWS)]
+        return tuple(torch.stack(layers) for layers in zip(*chosen, strict=True))
+
+    possible = [
+        policy
+        for policy in instance.policies.values()
+        if not any(
+            bool((log[~valid] > -torch.inf).any()) for log, valid in zip(policy, instance.mdp.valid, strict=True)
+        )
+    ]
+    if possible:
+        case = replace(case, other_policy=two(possible))
+    if instance.logits:
+        case = replace(case, logits=admissible_logits(instance.mdp, two(list(instance.logits.values()))))
+    return case
 
 
 def _with_holes(log_policy: PerLayerStateAction) -> PerLayerStateAction:

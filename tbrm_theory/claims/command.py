@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import joblib
 import rich.box
 import torch
 from rich.console import Console
@@ -22,11 +23,14 @@ from rich.text import Text
 from tbrm_theory.claims.registry import Claim, select
 from tbrm_theory.claims.verification import Outcome, Verdict, by_number, verify
 from tbrm_theory.errors import InvalidInputError
+from tbrm_theory.families import FAMILIES
+from tbrm_theory.instance import Instance
 from tbrm_theory.json_fields import write_json
 from tbrm_theory.results import plain_json
 
 __all__ = ["verify_command"]
 
+_WORTH_PROCESSES = 1000  # comparisons: fewer are done before other processes have started
 _PIPED_WIDTH = 190  # one line for each claim
 _COLOURS = {Verdict.HOLDS: "green", Verdict.VIOLATED: "bold red", Verdict.NOT_EXERCISED: "yellow"}
 
@@ -36,6 +40,7 @@ def verify_command(
     families: Sequence[str] = (),
     instances: int = 200,
     seed: int = 0,
+    file: Path | None = None,
     json: Path | None = None,
 ) -> int:
     """Check claims, print one line for each, and return the exit status.
@@ -43,12 +48,20 @@ def verify_command(
     Args:
         claims: ids, a number standing for all its parts; none for all claims.
         families: names; none for all families.
+        file: an instance file to try the claims on, instead of families.
         json: file to write the outcomes to, atomically.
 
     Raises:
-        InvalidInputError: an unknown claim or family, a number of instances below 1, or no folder for the file.
+        InvalidInputError: an unknown claim or family, a number of instances below 1, no folder for the JSON file, a malformed
+            instance file, or one together with families.
     """
     chosen = select(claims or None)
+    instance = None
+    if file is not None:
+        if families:
+            raise InvalidInputError("families", "expected none together with a file")
+        instance = (str(file), Instance.load(file))
+        chosen = chosen if claims else [claim for claim in chosen if claim.problem is None]
     if json is not None and not json.resolve().parent.is_dir():
         raise InvalidInputError("json", f"no folder {json.resolve().parent}")
     if json is not None and json.is_dir():
@@ -60,6 +73,8 @@ def verify_command(
             families or None,
             instances,
             seed,
+            file=instance,
+            workers=joblib.cpu_count() if instances * len(chosen) > _WORTH_PROCESSES else 1,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     try:
@@ -148,7 +163,8 @@ def _table(claims: Sequence[Claim], outcomes: dict[str, Outcome]) -> Table:
 def _explain(console: Console, claim: Claim, outcome: Outcome) -> None:
     worst = outcome.worst
     if outcome.verdict is Verdict.VIOLATED and worst is not None:
-        where = f" --families {worst.family}" if claim.problem is None else ""
+        kind = "families" if worst.family in FAMILIES else "file"
+        where = f" --{kind} {worst.family}" if claim.problem is None else ""
         again = f"tbrm verify --claims {claim.id}{where} --seed {worst.seed} --instances 1"
         found = (
             f"{claim.id} is violated on {outcome.violations} of {outcome.instances} instances; see one with: {again}"

@@ -178,17 +178,7 @@ def gap_of_lemma_1(case: Case) -> Comparison:
     return Comparison(lemma1 - kappa, _divergences(case)[1].sum(0), comparison.scale, comparison.operations)
 
 
-@claim("B2.a", source="[Y] Cor. 6")
-def corollary_6(case: Case) -> Comparison:
-    """Markov μ: 1 + Σ_h χ²(d^π_h(s,a) ‖ d^μ_h(s,a)) ≤ H C_∞
-
-    Left: ``lemma1``. Right: the largest ratio of counted occupancies. *Proof.* B2.b, and ``C_∞ ≥ 1``. ∎
-    """
-    left = coverage.lemma1(case.mdp, case.other_policy, case.log_behaviour)
-    return _at_most(case, left, case.mdp.horizon * _largest_ratio(case))
-
-
-@claim("B2.b", source="own")
+@claim("B2.a", source="own")
 def sharper_corollary_6(case: Case) -> Comparison:
     """Markov μ: 1 + Σ_h χ²(d^π_h(s,a) ‖ d^μ_h(s,a)) ≤ 1 + H (C_∞ - 1)
 
@@ -196,6 +186,16 @@ def sharper_corollary_6(case: Case) -> Comparison:
     """
     left = coverage.lemma1(case.mdp, case.other_policy, case.log_behaviour)
     return _at_most(case, left, 1 + case.mdp.horizon * (_largest_ratio(case) - 1))
+
+
+@claim("B2.b", source="[Y] Cor. 6")
+def corollary_6(case: Case) -> Comparison:
+    """Markov μ: 1 + Σ_h χ²(d^π_h(s,a) ‖ d^μ_h(s,a)) ≤ H C_∞
+
+    Left: ``lemma1``. Right: the largest ratio of counted occupancies. *Proof.* B2.a, and ``C_∞ ≥ 1``. ∎
+    """
+    left = coverage.lemma1(case.mdp, case.other_policy, case.log_behaviour)
+    return _at_most(case, left, case.mdp.horizon * _largest_ratio(case))
 
 
 @claim("B2.c", source="own", requires=[tree])
@@ -209,7 +209,7 @@ def corollary_6_on_trees(case: Case) -> Comparison:
 
 
 def _one_action_of_mass(seed: int) -> Case:
-    """One state per layer, π on an action of μ-mass 1/C: the problem on which B2.b is an equality; H and C from the seed."""
+    """One state per layer, π on an action of μ-mass 1/C: the problem on which B2.a is an equality; H and C from the seed."""
     generator = torch.Generator().manual_seed(seed)
     horizon = int(torch.randint(1, 9, (), generator=generator))
     mass = 0.02 + 0.96 * torch.rand((), generator=generator, dtype=torch.float64)

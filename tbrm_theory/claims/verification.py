@@ -13,13 +13,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from tbrm_theory.claims.cases import Case, make_case
+import joblib
+
+from tbrm_theory.claims.cases import Case, check_family, file_case, make_case
 from tbrm_theory.claims.comparison import Comparison
 from tbrm_theory.claims.registry import Claim
 from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.families import FAMILIES
+from tbrm_theory.instance import Instance
 
-__all__ = ["Outcome", "Verdict", "Worst", "by_number", "verify"]
+__all__ = ["Attempt", "Outcome", "Verdict", "Worst", "by_number", "verify"]
 
 
 class Verdict(StrEnum):
@@ -63,14 +66,43 @@ class Outcome:
             return Verdict.VIOLATED
         return Verdict.HOLDS if self.instances else Verdict.NOT_EXERCISED
 
-    def add(self, comparison: Comparison, case: Case) -> None:
-        """Count one comparison."""
+    def add(self, attempt: Attempt) -> None:
+        """Count one attempt."""
+        self.seconds += attempt.seconds
+        if attempt.worst is None:
+            self.skipped[attempt.reason] += 1
+            return
         self.instances += 1
-        self.violations += not comparison.holds
-        ratio, found = comparison.ratio, self.worst
-        candidate = Worst(comparison.error, comparison.bound, ratio, case.family, case.seed)
-        if found is None or (candidate.share, ratio or 0.0) > (found.share, found.ratio or 0.0):
+        self.violations += attempt.violated
+        found, candidate = self.worst, attempt.worst
+        if found is None or (candidate.share, candidate.ratio or 0.0) > (found.share, found.ratio or 0.0):
             self.worst = candidate
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One claim on one problem."""
+
+    reason: str = ""
+    """Why the claim was not checked; empty if it was."""
+    worst: Worst | None = None
+    violated: bool = False
+    seconds: float = 0.0
+
+    @classmethod
+    def at(cls, claim: Claim, case: Case) -> Attempt:
+        """Check the claim, unless the case is outside its assumptions."""
+        started = time.perf_counter()
+        reason = (case.too_large if claim.problem is None else None) or claim.requires(case)
+        if reason:
+            return cls(reason, seconds=time.perf_counter() - started)
+        return cls.of(claim.check(case), case, started)
+
+    @classmethod
+    def of(cls, comparison: Comparison, case: Case, started: float | None = None) -> Attempt:
+        worst = Worst(comparison.error, comparison.bound, comparison.ratio, case.family, case.seed)
+        seconds = 0.0 if started is None else time.perf_counter() - started
+        return cls("", worst, not comparison.holds, seconds)
 
 
 def verify(
@@ -79,12 +111,16 @@ def verify(
     instances: int = 200,
     seed: int = 0,
     *,
+    file: tuple[str, Instance] | None = None,
+    workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Outcome]:
     """Check every claim on ``instances`` problems, drawn from the families in turn with seeds from ``seed`` on.
 
     Args:
         families: names of families; all of them for None.
+        file: the name and contents of an instance file to take the place of the families (see ``file_case``).
+        workers: processes; the outcome does not depend on their number.
         progress: called with the comparisons made so far and their number in the end.
 
     Returns:
@@ -92,46 +128,65 @@ def verify(
         asked at most ``instances`` times.
 
     Raises:
-        InvalidInputError: no such family, no families or claims, or fewer than one instance.
+        InvalidInputError: no such family, no families or claims, fewer than one instance, or a file for a claim that has problems
+            of its own.
     """
     names = list(FAMILIES) if families is None else list(dict.fromkeys(families))
     if instances < 1:
         raise InvalidInputError("instances", f"expected at least 1, found {instances}")
     if not names or not claims:
         raise InvalidInputError("claims" if names else "families", "expected at least one")
+    for name in names:
+        check_family(name)
+    own = [claim for claim in claims if claim.problem is not None]
+    if file is not None:
+        names = [file[0]]
+        if own:
+            raise InvalidInputError(
+                "claims", f"{own[0].id} is about problems of its own, and cannot be tried on a file"
+            )
     outcomes = {claim.id: Outcome() for claim in claims}
     wanted = {claim.id: min(instances, claim.problems or instances) for claim in claims}
 
-    def report() -> None:
+    def count(attempts: dict[str, list[Attempt]]) -> None:
+        for claim_id, found in attempts.items():
+            for attempt in found:
+                if outcomes[claim_id].instances < wanted[claim_id]:
+                    outcomes[claim_id].add(attempt)
         if progress is not None:
             progress(sum(outcome.instances for outcome in outcomes.values()), sum(wanted.values()))
 
-    on_families = [claim for claim in claims if claim.problem is None]
-    for turn in range(instances):
-        for name in names:
-            pending = [claim for claim in on_families if outcomes[claim.id].instances < instances]
+    with joblib.Parallel(n_jobs=workers, return_as="generator") as run:
+        for turn in range(instances):
+            pending = [c for c in claims if c.problem is None and outcomes[c.id].instances < instances]
             if not pending:
                 break
-            case = make_case(name, seed + turn)
-            for claim in pending:
-                _try(claim, case, outcomes[claim.id])
-            report()
-    for claim in claims:
-        if claim.problem is not None:
-            for turn in range(wanted[claim.id]):
-                _try(claim, claim.problem(seed + turn), outcomes[claim.id])
-                report()
+            for attempts in run(joblib.delayed(_on_family)(pending, name, seed + turn, file) for name in names):
+                count(attempts)
+        chunks = [
+            (c, range(start, min(start + _CHUNK, wanted[c.id])))
+            for c in own
+            for start in range(0, wanted[c.id], _CHUNK)
+        ]
+        for attempts in run(joblib.delayed(_on_own)(c, [seed + turn for turn in chunk]) for c, chunk in chunks):
+            count(attempts)
     return outcomes
 
 
-def _try(claim: Claim, case: Case, outcome: Outcome) -> None:
-    started = time.perf_counter()
-    reason = (case.too_large if claim.problem is None else None) or claim.requires(case)
-    if reason:
-        outcome.skipped[reason] += 1
-    else:
-        outcome.add(claim.check(case), case)
-    outcome.seconds += time.perf_counter() - started
+_CHUNK = 20
+"""Problems of its own that a claim is tried on in one task."""
+
+
+def _on_family(
+    claims: Sequence[Claim], name: str, seed: int, file: tuple[str, Instance] | None
+) -> dict[str, list[Attempt]]:
+    case = make_case(name, seed) if file is None else file_case(file[1], name, seed)
+    return {claim.id: [Attempt.at(claim, case)] for claim in claims}
+
+
+def _on_own(claim: Claim, seeds: Sequence[int]) -> dict[str, list[Attempt]]:
+    assert claim.problem is not None
+    return {claim.id: [Attempt.at(claim, claim.problem(seed)) for seed in seeds]}
 
 
 def by_number(claims: Sequence[Claim], outcomes: dict[str, Outcome]) -> dict[str, Outcome]:
