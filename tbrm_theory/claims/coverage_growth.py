@@ -7,6 +7,7 @@ form and, where there are few pairs, the linear solve; the other is a formula in
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from tbrm_theory.claims.comparison import Comparison
 from tbrm_theory.claims.registry import claim
 from tbrm_theory.families import make
 from tbrm_theory.mdp import RegularizedMDP
+from tbrm_theory.moments import moment_form
 from tbrm_theory.random_tables import seeded
 from tbrm_theory.shapes import PerLayerStateAction
 from tbrm_theory.tables import safe_log
@@ -30,10 +32,13 @@ __all__ = [
     "lemma1_of_products",
     "lock",
     "one_state",
+    "step",
     "step_chi_square",
     "tree",
 ]
 
+Rows: TypeAlias = tuple[Tensor, Tensor]
+"""Probabilities of π and of μ over the actions of a state."""
 _INSTANCES = 40
 
 
@@ -55,19 +60,20 @@ def step_chi_square(policy: Tensor, behaviour: Tensor) -> float:
     return float(((policy - behaviour).square() / behaviour).sum())
 
 
-def tree(horizon: int, *, actions: int = 2, seed: int | None = None) -> CoveragePair:
-    """A token tree; in each state π and μ have the same two rows of probabilities, in a random order of the actions.
-
-    Without a seed π always takes one token of ``actions``, and μ is uniform: ``c = actions - 1``.
-    """
-    mdp = make("token-tree", seed=seed or 0, horizon=horizon, vocabulary=actions)
-    return _with_rows(mdp, *_rows(actions, seed), seeded(seed or 0))
+def step(c: float) -> Rows:
+    """π and μ over two actions, μ uniform, with ``χ²(π ‖ μ) = c``, from 0 to 1; at 1 π is deterministic."""
+    half = 0.5 * c**0.5
+    return torch.tensor([0.5 + half, 0.5 - half], dtype=torch.float64), torch.full((2,), 0.5, dtype=torch.float64)
 
 
-def one_state(horizon: int, *, actions: int = 2, seed: int | None = None) -> CoveragePair:
-    """One state per layer, rows as in :func:`tree`."""
-    mdp = make("one-state", seed=seed or 0, horizon=horizon, actions=actions)
-    return _with_rows(mdp, *_rows(actions, seed), seeded(seed or 0))
+def tree(horizon: int, rows: Rows, *, seed: int = 0) -> CoveragePair:
+    """A token tree; in each state π and μ are these two rows of probabilities, in a random order of the actions."""
+    return _with_rows(make("token-tree", seed=seed, horizon=horizon, vocabulary=len(rows[0])), rows, seed)
+
+
+def one_state(horizon: int, rows: Rows, *, seed: int = 0) -> CoveragePair:
+    """One state per layer, π and μ as in :func:`tree`."""
+    return _with_rows(make("one-state", seed=seed, horizon=horizon, actions=len(rows[0])), rows, seed)
 
 
 def lock(horizon: int, *, right: float = 0.5, seed: int = 0) -> CoveragePair:
@@ -114,15 +120,8 @@ def lemma1_of_products(horizon: int, c: float) -> float:
     return 1 - horizon + sum((1 + c) ** h for h in range(1, horizon + 1))
 
 
-def _rows(actions: int, seed: int | None) -> tuple[Tensor, Tensor]:
-    uniform = torch.full((actions,), 1 / actions, dtype=torch.float64)
-    if seed is None:
-        return torch.eye(actions, dtype=torch.float64)[0], uniform
-    draws = torch.randn(2, actions, generator=seeded(seed), dtype=torch.float64)
-    return torch.softmax(draws[0], dim=-1), torch.softmax(draws[1], dim=-1)
-
-
-def _with_rows(mdp: RegularizedMDP, policy: Tensor, behaviour: Tensor, generator: torch.Generator) -> CoveragePair:
+def _with_rows(mdp: RegularizedMDP, rows: Rows, seed: int) -> CoveragePair:
+    generator, (policy, behaviour) = seeded(seed), rows
     target, data = [], []
     for table in mdp.reference:
         order = torch.rand(table.shape, generator=generator).argsort(-1)
@@ -136,11 +135,16 @@ def _with_rows(mdp: RegularizedMDP, policy: Tensor, behaviour: Tensor, generator
 
 
 def _small_tree(seed: int) -> CoveragePair:
-    return tree(1 + seed % 4, actions=2 + seed % 2, seed=seed)
+    return tree(1 + seed % 4, _random_rows(2 + seed % 2, seed), seed=seed)
 
 
 def _small_one_state(seed: int) -> CoveragePair:
-    return one_state(1 + seed % 12, actions=2 + seed % 3, seed=seed)
+    return one_state(1 + seed % 12, _random_rows(2 + seed % 3, seed), seed=seed)
+
+
+def _random_rows(actions: int, seed: int) -> Rows:
+    draws = torch.softmax(torch.randn(2, actions, generator=seeded(seed), dtype=torch.float64), dim=-1)
+    return draws[0], draws[1]
 
 
 def _some_lock(seed: int) -> CoveragePair:
@@ -165,7 +169,7 @@ def _compared(case: Case, pair: CoveragePair, kappa: float, lemma1: float, c_inf
         behaviour = MarkovBehaviour(data)
         found.append(coverage.kappa_linear_solve(mdp, target, behaviour))
         expected.append(kappa)
-        conditions.append(float(coverage.moment_form(mdp, behaviour).condition))  # a solve multiplies rounding by it
+        conditions.append(float(moment_form(mdp, behaviour).condition))  # a solve multiplies rounding by it
     right = torch.tensor(expected, dtype=torch.float64)
     steps = torch.stack([log[log > -torch.inf].abs().max() for log in data]).sum()  # |log P(τ)|
     scale = right.clamp(min=1.0) * (1 + steps) * torch.tensor(conditions, dtype=torch.float64)

@@ -7,6 +7,7 @@ One side is ``coverage``, ``population`` and ``dynamic_programming``; the other 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -107,20 +108,19 @@ def harmonic_bound(mdp: RegularizedMDP, log_policy: PerLayerStateAction, behavio
     return 1 / torch.stack(torch.broadcast_tensors(*parts)).sum(0)
 
 
-def unseen_change(case: Case, data: Behaviour, f: PerLayerStateAction, operations: int) -> Comparison:
-    """``L_μ = 0``, and the regret that is not, of the logits with ``f_θ = f`` for an ``f`` that vanishes on the data.
+def unseen_change(case: Case, data: Behaviour, f: PerLayerStateAction, losses: Sequence[str]) -> Comparison:
+    """Losses that are 0, and the regret that is not, of logits with ``f_θ = f`` for an ``f`` that vanishes on the data.
 
-    Left: ``population_loss`` and ``regret`` of the soft plan of ``R_β + f``. Right: 0, and ``β KL(P_θ ‖ P_{π*})`` over all
-    trajectories with ``P_{π*} ∝ exp ΣR_β`` and ``P_θ ∝ exp Σ(R_β + f)``.
+    Left: ``population_loss`` and ``regret`` of the soft plan of ``R_β + f``. Right: 0 for each loss, and ``β KL(P_θ ‖
+    P_{π*})`` over all trajectories with ``P_{π*} ∝ exp ΣR_β`` and ``P_θ ∝ exp Σ(R_β + f)``.
     """
     logits = planned(case, f)
-    loss = population.population_loss(case.mdp, logits, data)
+    found = [population.population_loss(case.mdp, logits, data, loss=loss) for loss in losses]
     policy = tuple(dynamic_programming.soft_policy(table) for table in logits)
-    regret = dynamic_programming.regret(case.mdp, policy, solution=case.solution) / case.mdp.beta
+    found.append(dynamic_programming.regret(case.mdp, policy, solution=case.solution) / case.mdp.beta)
+    right = [torch.zeros_like(found[-1])] * len(losses) + [gibbs_regret(case, f)]
     terms = by_hand.magnitude(case, [case.mdp.regularized_reward, f, case.solution.q]).max()
-    left = torch.stack([loss, regret])
-    right = torch.stack([torch.zeros_like(loss), gibbs_regret(case, f)])
-    return Comparison(left, right, torch.stack([terms.square(), terms.square()]), operations)
+    return Comparison(torch.stack(found), torch.stack(right), terms.square(), case.sweep + case.listing)
 
 
 def planned(case: Case, f: PerLayerStateAction) -> PerLayerStateAction:
@@ -168,9 +168,7 @@ def infinite_kappa(case: Case) -> Comparison:
     horizon, actions = case.mdp.horizon, case.mdp.reference[0].shape[-1]
     kappa = exact_kappa(case.listed, *_laws(case, problem))
     right = torch.tensor([float(kappa), 1 + horizon * (actions - 1), horizon * actions], dtype=torch.float64)
-    return Comparison(
-        torch.stack([found.kappa, found.lemma1, found.corollary6]), right, torch.tensor(horizon * actions), case.sweep
-    )
+    return Comparison(torch.stack([found.kappa, found.lemma1, found.corollary6]), right, found.corollary6, case.sweep)
 
 
 def _regret_is_no_rounding(case: Case) -> str | None:
@@ -189,7 +187,7 @@ def zero_loss_at_a_wrong_policy(case: Case) -> Comparison:
 
     so that B5 with that right side would say 0. See :func:`unseen_change` for the sides.
     """
-    return unseen_change(case, opposite_policies(case.seed).behaviour, _direction(case), case.sweep + case.listing)
+    return unseen_change(case, opposite_policies(case.seed).behaviour, _direction(case), ["tbrm"])
 
 
 @claim("X1.c", source="own", requires=[deterministic], problem=_opposite)
@@ -207,7 +205,7 @@ def brm_is_not_fooled(case: Case) -> Comparison:
     data = opposite_policies(case.seed).behaviour
     listed, law_mu = case.listed, data.log_law(case.mdp, case.listed).exp()
     log_star = listed.sum_along(case.mdp.regularized_reward)
-    log_star = log_star - by_hand.log_sum_exp(log_star)  # a single first state
+    log_star = log_star - by_hand.log_sum_by_start(case, log_star)[0]  # a single first state
     log_theta = listed.sum_along(logits) - by_hand.sum_over_states(case, by_hand.values(logits))
     regret = by_hand.expectation(log_theta, log_theta - log_star)
     roots = _coverage_of_pairs(case, log_star.exp(), law_mu).sqrt()

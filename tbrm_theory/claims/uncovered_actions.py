@@ -22,6 +22,7 @@ from tbrm_theory.claims.mixture_data import INSTANCES, gibbs_regret, planned, un
 from tbrm_theory.claims.registry import claim
 from tbrm_theory.families import make
 from tbrm_theory.mdp import RegularizedMDP
+from tbrm_theory.moments import moment_form
 from tbrm_theory.named_behaviours import with_holes
 from tbrm_theory.random_tables import seeded
 from tbrm_theory.shapes import PerLayerStateAction
@@ -88,7 +89,7 @@ def infinite_kappa(case: Case) -> Comparison:
     ]
     exact = torch.tensor(right, dtype=torch.float64)
     size = by_hand.magnitude(case, [case.log_policy, data.log_policy]).max()
-    condition = coverage.moment_form(case.mdp, data).condition
+    condition = moment_form(case.mdp, data).condition
     scale = torch.where(exact < torch.inf, exact, 1.0) * size * condition
     return Comparison(torch.stack([closed, solved]), exact, scale, case.sweep + case.listing)
 
@@ -105,9 +106,10 @@ def _pushed(case: Case) -> PerLayerStateAction:
 def zero_loss_at_a_wrong_policy(case: Case) -> Comparison:
     """μ omits actions: L_μ(θ) = 0 with the omitted values off by ±t, and the regret is not 0
 
-    deterministic transitions. See :func:`unseen_change` for the sides.
+    deterministic transitions. BRM's loss is 0 there too, unlike in X1.c. See :func:`unseen_change` for
+    the sides.
     """
-    return unseen_change(case, _data(case), _pushed(case), case.sweep + case.listing)
+    return unseen_change(case, _data(case), _pushed(case), ["tbrm", "brm"])
 
 
 @claim("X3.c", source="own", requires=[deterministic], problem=_deterministic_with_holes)
