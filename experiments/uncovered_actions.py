@@ -1,20 +1,21 @@
 """What TBRM learns, and what it misses, where the data omit actions or hardly ever take them (X3).
 
-* holes: problems of several families with data that omit about half of the actions. κ(π*,μ) is infinite, and the minimisers of the loss
+* holes: problems of several families with data that omit a third of the actions. κ(π*,μ) is infinite, and the minimisers of the loss
   (Levenberg-Marquardt from random starts) are wrong at zero loss; beside them the best policy that keeps to the data.
 * weights: one state per layer, three actions, of which the data omit one. Its share under the reference goes from 1e-6 to 0.9, its
-  reward is below, between or above the others'. κ is infinite throughout; the regret is not: of the best policy within the data (β log
-  1/P_{π*}(no omitted action), exactly), of minimisers started at the reference (Levenberg-Marquardt in additive coordinates, L-BFGS in
-  logits), the largest over random starts, and the supremum (values of what is omitted → ∞).
-* masses: the same problem, the data take that action with probability m, from 0.3 down to 1e-12, and 0. κ, the condition number of the
-  moment matrix as it is and scaled to unit diagonal, steps and regret of the minimiser (Levenberg-Marquardt; L-BFGS), the regret
+  reward is below, between or above the others'. κ is infinite throughout; the regret is not: of the best policy within the data (β
+  log 1/P_{π*}(no omitted action), X3.c), of minimisers started at the reference (Levenberg-Marquardt in additive coordinates, which
+  must end where the omitted action is worth 0; L-BFGS in logits), the largest over random starts, and the supremum over all
+  policies at zero loss, β Σ_h max(log 1/p, log 1/(1-p)) with p the share of the omitted action under π*.
+* masses: the same problem, the data take that action with probability m, from 0.3 down to 1e-12, and 0. κ, the condition number of
+  the moment matrix as it is and scaled to unit diagonal, steps and regret of the minimiser (Levenberg-Marquardt; L-BFGS), the regret
   after N episodes without noise, and B5's right side at a fixed error of ½ on that action's values.
 
 summary.json: `zero_loss_at_regret` (cells of `holes`, and how many are wrong at zero loss), `least_regret_at_infinite_kappa`,
-`largest_regret_at_infinite_kappa` (of minimisers started at the reference, over `weights`), `kappa_exponent` (slope of log κ in log m for
-m ≤ 1e-3: -1), `bound_at_fixed_error` (B5's right side for the least m > 0, for the largest, and the regret at that error),
-`condition_exponent` (of the matrix as it is), `largest_scaled_condition`, `exact_down_to` (least m at which Levenberg-Marquardt's regret is
-below 1e-10), `unexpected`, `verdict`, `seconds`. Exit status 1 if something is unexpected.
+`largest_regret_at_infinite_kappa` (of minimisers started at the reference, over `weights`), `kappa_exponent` (slope of log κ in log m
+for m ≤ 1e-3: -1), `bound_at_fixed_error` (B5's right side for the least m > 0, for the largest, and the regret at that error),
+`condition_exponent` (of the matrix as it is), `largest_scaled_condition`, `exact_down_to` (least m at which Levenberg-Marquardt's
+regret is below 1e-10), `exact_down_to_lbfgs`, `unexpected`, `verdict`, `seconds`. Exit status 1 if something is unexpected.
 """
 
 from __future__ import annotations
@@ -70,12 +71,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
 class Config:
     """Settings of the experiment."""
 
-    seeds: int = 5
+    seeds: int = 3
     """Starting points of each minimisation, and problems of each family with holes."""
     seed: int = 0
     episodes: int = 1000
     """N."""
-    data_sets: int = 40
+    data_sets: int = 20
     """Of N episodes, for each m."""
     iterations: int = 200
     """At most so many Levenberg-Marquardt steps."""
@@ -130,7 +131,8 @@ def run_weight(config: Config, name: str, weight: float) -> dict[str, Any]:
         "from_reference_lbfgs": lbfgs(PopulationObjective(mdp, data), tabular, at_reference),
         "random": _levenberg_marquardt(config, mdp, data, _random_starts(config, mdp)),
     }
-    log_share = sum(log[0, 2].item() for log in solution.log_policy)  # of taking it in every layer
+    shares = [log[0].exp() for log in solution.log_policy]
+    worst = [-min(share[2].log().item(), share[:2].sum().log().item()) for share in shares]
     as_worthless = soft_plan(
         mdp,
         tuple(
@@ -144,7 +146,7 @@ def run_weight(config: Config, name: str, weight: float) -> dict[str, Any]:
         "optimal_weight": solution.log_policy[0][0, 2].exp().item(),
         "kappa": coverage.kappa(mdp, solution.log_policy, data).item(),
         "covered_regret": tt.regret(mdp, covered_optimum(mdp, data), solution=solution).item(),
-        "supremum": -mdp.beta.item() * log_share,
+        "supremum": mdp.beta.item() * sum(worst),
         "worthless_regret": exact_regret(mdp, as_worthless, solution).item(),
         "loss": [loss for found in ended.values() for loss in found.loss.tolist()],
         **{f"regret_{key}": _regrets(mdp, found.theta, solution) for key, found in ended.items()},
@@ -156,7 +158,7 @@ def run_mass(config: Config, mass: float) -> dict[str, Any]:
     solution, tabular = solve(mdp), Tabular(mdp)
     start, objective = _random_starts(config, mdp), PopulationObjective(mdp, data)
     ended = _levenberg_marquardt(config, mdp, data, start)
-    by_logits = lbfgs(objective, tabular, start, iterations=1000)
+    by_logits = lbfgs(objective, tabular, start, iterations=300)
     error = tuple(FIXED_ERROR * torch.tensor([[0.0, 0.0, 1.0]], dtype=torch.float64) for _ in range(HORIZON))
     wrong = soft_plan(mdp, tuple(r + e for r, e in zip(mdp.regularized_reward, error, strict=True)))
     policy = tuple(soft_policy(table) for table in wrong)
@@ -213,10 +215,7 @@ def verdict(row: dict[str, Any]) -> str:
             return "wrong at zero loss" if infinite and zero and max(row["regret"]) > WRONG else "UNEXPECTED"
         case "weights":
             gap = abs(row["regret_from_reference"][0] - row["worthless_regret"])
-            below = (
-                max(max(row[key]) for key in row if key.startswith("regret_"))
-                <= row["supremum"] + row["covered_regret"]
-            )
+            below = max(max(row[key]) for key in row if key.startswith("regret_")) <= row["supremum"]
             same = gap <= 1e-8 * (1 + row["worthless_regret"])
             return "as predicted" if infinite and zero and same and below else "UNEXPECTED"
         case _:
@@ -250,6 +249,7 @@ def summarise(rows: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
         "condition_exponent": exponent("condition"),
         "largest_scaled_condition": max(row["scaled_condition"] for row in positive),
         "exact_down_to": min((row["mass"] for row in positive if max(row["regret"]) < EXACT), default=None),
+        "exact_down_to_lbfgs": min((row["mass"] for row in positive if max(row["regret_lbfgs"]) < EXACT), default=None),
         "unexpected": bad,
         "verdict": "as predicted" if not bad else "NOT as predicted",
         "seconds": round(seconds, 1),
@@ -291,7 +291,7 @@ def cells(config: Config) -> dict[str, tuple[str, Any]]:
     for reward in REWARDS:
         for weight in (*np.logspace(-6, -1, 6).tolist(), 1 / 3, 0.9):
             wanted[f"{reward}, reference {weight:.3g}"] = ("weights", (run_weight, reward, weight))
-    for mass in (0.3, *np.logspace(-1, -12, 12).tolist(), 0.0):
+    for mass in (0.3, 0.1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-8, 1e-10, 1e-12, 0.0):
         wanted[f"m = {mass:.3g}"] = ("masses", (run_mass, mass))
     return wanted
 
