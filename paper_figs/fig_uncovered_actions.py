@@ -66,7 +66,7 @@ def _holes(axis: Axes, rows: list[dict[str, Any]]) -> None:
         ("reference_regret", "x", "#4477aa", "π_ref"),
     ):
         axis.semilogy(x, [row[key] for row in rows], marker, color=colour, ms=8, label=label)
-    axis.set_xticks(range(len(families)), families, fontsize=7)
+    axis.set_xticks(range(len(families)), families, fontsize=7, rotation=12)
     axis.set(ylabel="exact regret", title=f"(a) κ = ∞: wrong at loss ≤ {max(row['loss'] for row in rows):.0e}")
     axis.legend(fontsize=7, loc="lower left")
 
@@ -108,7 +108,7 @@ def _masses(axis: Axes, rows: list[dict[str, Any]]) -> None:
         axis.loglog(x, [max(row[key], FLOOR) for row in rows], style, color=colour, ms=4, lw=1.2, label=label)
     axis.invert_xaxis()
     axis.set(xlabel="μ(action) = m", ylabel="value", title="(c) an action that becomes rare")
-    axis.legend(fontsize=7, loc="center right")
+    axis.legend(fontsize=7, loc="center right", bbox_to_anchor=(1.0, 0.38))
 
 
 def main(options: Options) -> None:
