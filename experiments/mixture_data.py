@@ -106,7 +106,8 @@ def run_flip(config: Config, halvings: int | None) -> dict[str, Any]:
         "harmonic": harmonic_bound(mdp, target, data).item(),
         "bound_fails_by": _bound_fails_by(problem),
     }
-    return row | _minimised(config, mdp, data) | {"noisy_regret": _noisy_regrets(config, mdp, data)}
+    row |= _minimised(config, mdp, data) | {"noisy_regret": _noisy_regrets(config, mdp, data)}
+    return row | _minimised_by_brm(config, mdp, data, torch.tensor(row["theta"], dtype=torch.float64))
 
 
 def _kappa_in_rationals(flip: Fraction) -> Fraction | float:
@@ -123,23 +124,28 @@ def _kappa_in_rationals(flip: Fraction) -> Fraction | float:
 
 
 def _minimised(config: Config, mdp: RegularizedMDP, data: Behaviour) -> dict[str, Any]:
-    """TBRM's minimisers, and BRM's from there and from the same random starts: losses and regrets of all starts."""
-    solution, objective = solve(mdp), PopulationObjective(mdp, data)
-    tabular = Tabular(mdp, loss="brm")  # both losses see all its parameters
+    """TBRM's minimisers from random starts: losses, regrets, steps, parameters."""
+    tabular = Tabular(mdp, loss="brm")  # all the parameters that BRM sees, to start it from there
     start = tabular.initial(config.seeds, seeded(config.seed))
-    ended = levenberg_marquardt(objective, tabular, start)
-    brm = lbfgs(objective, tabular, torch.cat([ended.theta, start]), loss="brm")
-
-    def regrets(theta: Tensor) -> list[float]:
-        return exact_regret(mdp, tabular.logits(theta), solution).tolist()
-
+    ended = levenberg_marquardt(PopulationObjective(mdp, data), tabular, start)
+    regret = exact_regret(mdp, tabular.logits(ended.theta), solve(mdp))
     return {
         "loss": ended.loss.tolist(),
-        "regret": regrets(ended.theta),
+        "regret": regret.tolist(),
         "steps": ended.iterations,
-        "brm_at_tbrm": objective.loss(tabular.logits(ended.theta), "brm").tolist(),
-        "brm_loss": brm.loss.tolist(),
-        "brm_regret": regrets(brm.theta),
+        "theta": ended.theta.tolist(),
+    }
+
+
+def _minimised_by_brm(config: Config, mdp: RegularizedMDP, data: Behaviour, theta: Tensor) -> dict[str, Any]:
+    """BRM at TBRM's minimisers, and its own minimisers from there and from the same random starts."""
+    tabular, objective = Tabular(mdp, loss="brm"), PopulationObjective(mdp, data)
+    start = torch.cat([theta, tabular.initial(config.seeds, seeded(config.seed))])
+    ended = lbfgs(objective, tabular, start, loss="brm")
+    return {
+        "brm_at_tbrm": objective.loss(tabular.logits(theta), "brm").tolist(),
+        "brm_loss": ended.loss.tolist(),
+        "brm_regret": exact_regret(mdp, tabular.logits(ended.theta), solve(mdp)).tolist(),
     }
 
 
@@ -322,7 +328,7 @@ def tables(rows: list[dict[str, Any]]) -> list[Table]:
         return Table(*columns, "verdict")
 
     def number(value: Any) -> str:
-        return f"{float(value):.3g}"
+        return "-" if math.isnan(value) else f"{float(value):.3g}"
 
     first = table("data", "κ", "Lemma 1", "1/Σ(w/κ)", "regret TBRM", "loss", "regret BRM", "noisy regret")
     last = table("random mixtures", "κ > Lemma 1", "κ > Cor. 6", "κ/bound quartiles, largest")
@@ -332,7 +338,7 @@ def tables(rows: list[dict[str, Any]]) -> list[Table]:
             fails = (f"{row[key] / row['mixtures']:.3f}" for key in ("lemma1_fails", "corollary6_fails"))
             last.add_row(row["cell"], *fails, " ".join(map(number, row["tightness"])), row["verdict"], style=style)
         else:
-            worst = [max(row[key]) for key in ("regret", "loss", "brm_regret")]
+            worst = [max(row.get(key, [math.nan])) for key in ("regret", "loss", "brm_regret")]
             numbers = [*(row[key] for key in ("kappa", "lemma1", "harmonic")), *worst, np.mean(row["noisy_regret"])]
             first.add_row(row["cell"], *map(number, numbers), row["verdict"], style=style)
     return [first, last]

@@ -41,7 +41,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mixture_data, "SETTINGS", ((2, 1, 2, 1.0), (3, 2, 2, 0.3)))
         patch.setattr(uncovered_actions, "FAMILIES", {"combination-lock": {"horizon": 3}})
-        patch.setattr(uncovered_actions, "REWARDS", {"worse": -0.5, "better": 1.5})
         config = mixture_data.Config(halvings=6, seeds=1, shares=2, data_sets=2, mixtures=40, results=results)
         assert mixture_data.main(config) == 0
         assert uncovered_actions.main(uncovered_actions.Config(seeds=1, data_sets=2, results=results)) == 0
