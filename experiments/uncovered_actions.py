@@ -58,6 +58,10 @@ ZERO_LOSS, WRONG, EXACT, FIXED_ERROR = 1e-20, 1e-3, 1e-10, 0.5
 HORIZON, BETA = 4, 0.2
 REWARDS = {"worse": -0.5, "between": 0.5, "better": 1.5}
 """Of the omitted action; the others have 0.2 and 0.8."""
+WEIGHTS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1 / 3, 0.9)
+"""Of the omitted action under the reference."""
+MASSES = (0.3, 0.1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-8, 1e-10, 1e-12, 0.0)
+"""Of the rare action under μ."""
 FAMILIES: dict[str, dict[str, Any]] = {
     "one-state": {"actions": 3},
     "deterministic-dag": {"states": 4},
@@ -289,9 +293,9 @@ def cells(config: Config) -> dict[str, tuple[str, Any]]:
         for seed in range(config.seed, config.seed + config.seeds):
             wanted[f"{family} seed {seed}"] = ("holes", (run_holes, family, seed))
     for reward in REWARDS:
-        for weight in (*np.logspace(-6, -1, 6).tolist(), 1 / 3, 0.9):
+        for weight in WEIGHTS:
             wanted[f"{reward}, reference {weight:.3g}"] = ("weights", (run_weight, reward, weight))
-    for mass in (0.3, 0.1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-8, 1e-10, 1e-12, 0.0):
+    for mass in MASSES:
         wanted[f"m = {mass:.3g}"] = ("masses", (run_mass, mass))
     return wanted
 
