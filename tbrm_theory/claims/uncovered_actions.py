@@ -102,7 +102,13 @@ def _pushed(case: Case) -> PerLayerStateAction:
     return tuple(_push(case) * table for table in omitted_actions(case.mdp, _data(case)))
 
 
-@claim("X3.b", source="own", requires=[deterministic, _regret_is_no_rounding], problem=_deterministic_with_holes)
+@claim(
+    "X3.b",
+    source="own",
+    requires=[deterministic, _regret_is_no_rounding],
+    problem=_deterministic_with_holes,
+    problems=INSTANCES,
+)
 def zero_loss_at_a_wrong_policy(case: Case) -> Comparison:
     """μ omits actions: L_μ(θ) = 0 with the omitted values off by ±t, and the regret is not 0
 
@@ -137,7 +143,7 @@ def _log_share(case: Case, weights: Tensor, inside: Tensor) -> Tensor:
     return (case.mdp.initial * (all_of_it - part))[started].sum()
 
 
-@claim("X3.d", source="own", requires=[deterministic], problem=_deterministic_with_holes)
+@claim("X3.d", source="own", requires=[deterministic], problem=_deterministic_with_holes, problems=INSTANCES)
 def worst_zero_loss_policies(case: Case) -> Comparison:
     """omitted values off by t: the regret grows with |t|, to β E_ρ log 1/P_{π*}(N least or most | s_1)
 
