@@ -8,13 +8,16 @@ themselves are one file for each section of theory.md, imported here so that the
 from __future__ import annotations
 
 from tbrm_theory.claims import (
+    coverage_growth,
     identities,
     linearisation,
     loss_identities,
     measure_change,
+    mixture_data,
     own,
     regret_bounds,
     residual_identities,
+    uncovered_actions,
 )
 from tbrm_theory.claims.cases import Case, make_case
 from tbrm_theory.claims.comparison import Comparison
@@ -34,5 +37,16 @@ __all__ = [
     "verify",
 ]
 
-REGISTERED_IN = (identities, residual_identities, loss_identities, measure_change, linearisation, regret_bounds, own)
+REGISTERED_IN = (
+    identities,
+    residual_identities,
+    loss_identities,
+    measure_change,
+    linearisation,
+    regret_bounds,
+    mixture_data,
+    uncovered_actions,
+    coverage_growth,
+    own,
+)
 """The modules whose import adds claims to :data:`CLAIMS`."""

@@ -45,7 +45,9 @@ class Claim:
 
 
 CLAIMS: dict[str, Claim] = {}
-"""Every claim by id, in the order of theory.md."""
+"""Every claim by id, in the order of theory.md, whatever the order of imports."""
+_SECTIONS = "IBCXO"
+"""Identities, inequalities, convergence, boundaries, and own additions."""
 
 
 def claim(
@@ -67,10 +69,18 @@ def claim(
 
     def register(check: Callable[[Case], Comparison]) -> Callable[[Case], Comparison]:
         statement = (inspect.getdoc(check) or "").partition("\n")[0]
-        CLAIMS[claim_id] = Claim(claim_id, source, statement, refusal, check, problem, problems)
+        registered = Claim(claim_id, source, statement, refusal, check, problem, problems)
+        ordered = sorted([*CLAIMS.values(), registered], key=_place)
+        CLAIMS.clear()
+        CLAIMS.update({claim.id: claim for claim in ordered})
         return check
 
     return register
+
+
+def _place(claim: Claim) -> tuple[int, int, str]:
+    """Section, number and part."""
+    return _SECTIONS.index(claim.id[0]), int(claim.number[1:]), claim.id
 
 
 def select(ids: Sequence[str] | None) -> list[Claim]:
