@@ -76,7 +76,7 @@ VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
 LONGEST_FILE = 400
 
 # Loading one runs whatever it says; checkpoints are safetensors and JSON.
-CODE_CARRYING_FORMATS = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+CODE_CARRYING_FORMATS = {"pickle", "dill", "cloudpickle", "shelve", "marshal"}
 # NumPy's ways to make an explicit generator; everything else in numpy.random draws from the global one.
 NUMPY_GENERATORS = {"default_rng", "Generator", "BitGenerator", "SeedSequence", "PCG64", "Philox"}
 TORCH_DRAWS = {"rand", "randn", "randint", "randperm", "normal", "multinomial", "bernoulli", "poisson"}
@@ -215,6 +215,8 @@ def unsafe_loading(source: Source) -> list[str]:
             ]
             if isinstance(node, ast.Call):
                 options = {option.arg: ast.unparse(option.value) for option in node.keywords}
+                if ast.unparse(node.func) == "joblib.load":
+                    found.append(f"{module}:{node.lineno}: joblib.load runs code on loading")
                 if ast.unparse(node.func) == "torch.load" and options.get("weights_only") != "True":
                     found.append(f"{module}:{node.lineno}: torch.load without weights_only=True")
                 if options.get("allow_pickle", "False") != "False":
@@ -307,6 +309,7 @@ PLANTED: list[tuple[Check, str, str, str]] = [
     (long_files, "mdp.py", "x = 0\n" * 401, "mdp: 401 lines"),
     (unsafe_loading, "training.py", "import pickle", "imports pickle"),
     (unsafe_loading, "training.py", "from pickle import loads", "imports pickle"),
+    (unsafe_loading, "training.py", "joblib.load('x')", "training:1: joblib.load"),
     (unsafe_loading, "training.py", "import torch\ntorch.load('x')", "training:2: torch.load without"),
     (unsafe_loading, "training.py", "torch.load('x', weights_only=False)", "torch.load without"),
     (unsafe_loading, "training.py", "np.load('x', allow_pickle=True)", "allow_pickle"),
