@@ -34,7 +34,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 verify: venv  ## check every claim, run the convergence experiment, draw its figure
-	$(VENV)/bin/tbrm verify
+	@mkdir -p results
+	$(VENV)/bin/tbrm verify --json results/claims.json
 	$(RUN) experiments/toy_convergence.py
 	@$(RUN) paper_figs/fig_toy_convergence.py --results $(LATEST) --data $(LATEST) --out $(LATEST)
 	@echo "Results, tables and figures are in $(LATEST)/"

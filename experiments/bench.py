@@ -2,7 +2,8 @@
 
 * solve: small problems (H=4, S=6, A=3, dense) solved per second, in one batch; beside one at a time in a Python loop;
 * backup: one soft Bellman backup of a dense layer, beside quantecon's hard one (ratio of medians, alternating);
-* sample: trajectory steps drawn per second on FrozenLake 4×4 and on a token tree;
+* sample: trajectory steps drawn per second on FrozenLake 4×4 and on a token tree, and whole trajectories of a binary tree of depth 11
+  in batches of 1,024;
 * minimise: one Levenberg-Marquardt run on 4,096 trajectories.
 """
 
@@ -81,6 +82,10 @@ def sample_rows() -> list[tuple[str, str]]:
 
         (taken,) = seconds(draw)
         rows.append((f"steps sampled per second, {family}", f"{count * mdp.horizon / taken:,.0f}"))
+    tree = tt.make("token-tree", horizon=11, vocabulary=2, prompts=1)
+    generator = torch.Generator().manual_seed(0)
+    (taken,) = seconds(lambda: sample_trajectories(tree, tree.log_reference, 1024, generator), repeats=21)
+    rows.append(("trajectories per second, binary tree of depth 11, 1,024 at once", f"{1024 / taken:,.0f}"))
     return rows
 
 

@@ -258,12 +258,18 @@ def verdict(row: dict[str, Any]) -> str:
     return "fails as predicted" if fails else "DID NOT FAIL"
 
 
-def summarise(rows: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+LEAST_POSITIVE = 20
+"""Positive cells of a run on all families: a convergence experiment that loses its cells has not passed."""
+
+
+def summarise(rows: list[dict[str, Any]], seconds: float, *, least_positive: int = 0) -> dict[str, Any]:
     """The headline numbers; keys are explained in ``--help``."""
     exact = [row for row in rows if row["kind"] == "positive" and row["verdict"] == "exact"]
     controls = [row for row in rows if row["verdict"] in ("fails as predicted", "DID NOT FAIL")]
     curves = [row for row in rows if row["kind"] == "curve"]
     bad = [row["cell"] for row in rows if row["verdict"] in ("FAILED", "DID NOT FAIL", "MISSED")]
+    if len(exact) < least_positive:
+        bad.append(f"expected at least {least_positive} positive cells, found {len(exact)}")
     return {
         "positive_cells": len(exact),
         "positive_max_regret": max((max(row["regret_curve"][-1]) for row in exact), default=None),
@@ -317,7 +323,8 @@ def main(config: Config) -> int:
         console.print(f"interrupted; the same command goes on from {run.folder}", highlight=False, soft_wrap=True)
         return 130
     rows = run.rows()
-    summary = summarise(rows, sum(row["seconds"] for row in rows))
+    least = 0 if config.families else LEAST_POSITIVE
+    summary = summarise(rows, sum(row["seconds"] for row in rows), least_positive=least)
     run.finish(summary)  # before anything is printed, to a disk that may be full or a reader who may have gone
     console.print(table(rows))
     for key, value in summary.items():

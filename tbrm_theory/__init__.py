@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tbrm_theory.coverage import change_of_measure
 from tbrm_theory.dynamic_programming import evaluate, objective, regret, solve
 from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.losses import TrajectoryScores, tbrm_loss, tbrm_residual
@@ -14,6 +15,7 @@ __all__ = [
     "InvalidInputError",
     "RegularizedMDP",
     "TrajectoryScores",
+    "change_of_measure",
     "evaluate",
     "make",
     "objective",

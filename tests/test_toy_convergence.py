@@ -70,6 +70,12 @@ def test_each_verdict_can_turn(run: Path, kind: str, change: dict[str, Any], ver
     assert len(toy.summarise([doctored], 0.0)["unexpected"]) == expected
 
 
+def test_a_run_that_lost_its_positive_cells_has_not_passed(run: Path) -> None:
+    rows = rows_of(run)
+    assert toy.summarise(rows, 0.0, least_positive=6)["verdict"] == toy.summarise(rows, 0.0)["verdict"]
+    assert "at least 7 positive cells, found 6" in toy.summarise(rows, 0.0, least_positive=7)["unexpected"][-1]
+
+
 def test_killed_run_resumes_to_the_same_numbers(run: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "experiments" / "toy_convergence.py"), "--results", str(tmp_path)]
     command += ["--families", *SMALL["families"], "--seeds", "2", "--steps", "100"]  # type: ignore[misc]
