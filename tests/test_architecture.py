@@ -53,6 +53,7 @@ FLOORS = {
     "moments": 3,
     "policy_class": 3,
     "bounds": 3,
+    "sample_bounds": 3,
     "parametrisations": 3,
     "objectives": 4,
     "optimisers": 4,
