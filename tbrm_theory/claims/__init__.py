@@ -8,15 +8,20 @@ themselves are one file for each section of theory.md, imported here so that the
 from __future__ import annotations
 
 from tbrm_theory.claims import (
+    convergence,
+    counterexamples,
     coverage_growth,
+    finite_sample,
     identities,
     linearisation,
     loss_identities,
     measure_change,
     mixture_data,
     own,
+    rates,
     regret_bounds,
     residual_identities,
+    sample_minimisers,
     uncovered_actions,
 )
 from tbrm_theory.claims.cases import Case, make_case
@@ -44,6 +49,11 @@ REGISTERED_IN = (
     measure_change,
     linearisation,
     regret_bounds,
+    finite_sample,
+    convergence,
+    counterexamples,
+    sample_minimisers,
+    rates,
     mixture_data,
     uncovered_actions,
     coverage_growth,

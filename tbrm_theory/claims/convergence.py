@@ -1,8 +1,8 @@
-"""C1, C2: the tabular TBRM loss on deterministic transitions has no stationary point but its minimum, and that minimum is the optimum.
+"""C1, C2: on deterministic transitions the tabular loss has no stationary point but its minimum, and that minimum is the optimum.
 
-One side is the loss that is trained with, or autograd through it, or ``least_squares_plan``; the other is ``derivatives``, written out,
-or a dense least-squares fit. Every kind of data is tried: Markov, a mixture drawn once for each episode, history-dependent, Markov
-with actions left out, and a small sample.
+One side is the loss that is trained with, or autograd through it, or ``least_squares_plan``; the other is ``derivatives``, written
+out, or a dense least-squares fit. Every kind of data is tried: Markov, a mixture drawn once for each episode, history-dependent,
+Markov with actions left out, and a small sample.
 """
 
 from __future__ import annotations
@@ -197,7 +197,9 @@ def loss_bounds_the_distance(case: Case) -> Comparison:
         torch.where(valid, dynamic_programming.soft_policy(table) - star, 0.0)
         for valid, table, star in zip(case.mdp.valid, logits, case.solution.log_policy, strict=True)
     )
-    steps = torch.stack([table[..., case.listed.states[:, h], case.listed.actions[:, h]] for h, table in enumerate(policy)])
+    steps = torch.stack(
+        [table[..., case.listed.states[:, h], case.listed.actions[:, h]] for h, table in enumerate(policy)]
+    )
     value = (dynamic_programming.soft_value(logits[0]) - case.solution.v[0])[..., case.listed.states[:, 0]]
     left = torch.stack([steps.abs().amax((0, -1)), value.abs().amax(-1)])
     size = (terms(case, logits) + by_hand.magnitude(case, [case.solution.q], [case.solution.v])).amax(-1)

@@ -36,7 +36,7 @@ __all__ = ["LEAST_CURVATURE", "Counterexample", "linear_logits", "newton", "stoc
 
 FOLDER = Path(__file__).parent / "counterexamples"
 PERTURBATION = {"stochastic": 0.001, "linear": 0.1}
-"""Standard deviations of rewards and of logits of transitions and data, where the loss exceeds ``L(θ*)`` by only 0.0065; of features."""
+"""Standard deviations: of rewards and of logits of transitions and data, where the loss is 0.0065 above ``L(θ*)``; of features."""
 LEAST_CURVATURE = 0.05
 """No eigenvalue of the Hessian modulo the gauge is smaller, in either problem and its perturbations."""
 RADIUS = 1e-3
@@ -166,7 +166,9 @@ def realised(mdp: RegularizedMDP, q: PerLayerStateAction) -> RegularizedMDP:
         reference=mdp.reference,
         transitions=mdp.transitions,
     )
-    following = [kernel.expect(torch.logsumexp(table, -1)) for kernel, table in zip(mdp.transitions, q[1:], strict=True)]
+    following = [
+        kernel.expect(torch.logsumexp(table, -1)) for kernel, table in zip(mdp.transitions, q[1:], strict=True)
+    ]
     own = (*(table - value for table, value in zip(q, following, strict=False)), q[-1])
     reward = [mdp.beta * (table - log) for table, log in zip(own, zero.log_reference, strict=True)]
     return RegularizedMDP(
@@ -194,7 +196,9 @@ def _strict(example: Counterexample) -> Comparison:
     directions = torch.randn(64, basis.shape[-1], generator=seeded(0), dtype=torch.float64)
     around = example.spurious + RADIUS * torch.nn.functional.normalize(directions, dim=-1) @ basis.T
     grown = example.population_loss(torch.cat([example.spurious.unsqueeze(0), around]))
-    least = torch.cat([curvature.new_tensor([LEAST_CURVATURE]), grown[0] + 0.25 * curvature * RADIUS**2 + 0 * grown[1:]])
+    least = torch.cat(
+        [curvature.new_tensor([LEAST_CURVATURE]), grown[0] + 0.25 * curvature * RADIUS**2 + 0 * grown[1:]]
+    )
     found = torch.cat([curvature.unsqueeze(0), grown[1:]])
     return Comparison(least, found, example.size, 2 * example.case.sweep + example.case.listing, "at most")
 
@@ -261,5 +265,8 @@ def linear_spurious(case: Case) -> Comparison:
     """
     example = linear_logits(case.seed)
     loss = example.population_loss(torch.stack([example.better, example.spurious]))
-    left, right = torch.stack([loss[0].sqrt(), torch.ones_like(loss[1])]), torch.stack([torch.zeros_like(loss[0]), loss[1]])
+    left, right = (
+        torch.stack([loss[0].sqrt(), torch.ones_like(loss[1])]),
+        torch.stack([torch.zeros_like(loss[0]), loss[1]]),
+    )
     return Comparison(left, right, example.size, 2 * case.sweep + case.listing, "at most")

@@ -39,8 +39,11 @@ DELTA = 0.1
 """The probability of failure that the bounds are asked for; large, so that failures are counted and not merely absent."""
 SHAPES = ((2, 2), (1, 5), (2, 3))
 """Horizon and actions of the trees."""
-EXPECTED_SIGHTINGS = (1.0, 2.115, 3.37)
-"""How often a spike is expected in the data, in units of ``ℓ``, where B6.d, B6.c and B6.a are tightest (Chernoff's exponents)."""
+EXPECTED_SIGHTINGS = (0.6, 1.0, 2.115, 3.37)
+"""How often a spike is expected in the data, in units of ``ℓ``: too rarely for any bound, and where B6.d, B6.c and B6.a are tightest
+(Chernoff's exponents)."""
+NOISY_CONSTANTS = (0.5, sample_bounds.NOISY_CONSTANT, 28 / 3)
+"""``E f̄²`` of a pattern in units of ``B² ℓ/N``: too small for any bound, and where B6.f and B6.e are tightest."""
 
 
 class Setting(TypedDict):
@@ -101,25 +104,27 @@ class Trial:
 
 @lru_cache(maxsize=256)
 def noise_free(seed: int) -> Trial:
-    """Spikes of one height, each of which the data just about contain: ``N`` is beyond a bound that holds for one of them."""
+    """Spikes of one height, which the data contain :data:`EXPECTED_SIGHTINGS` times."""
     case, log_behaviour, law = _tree(seed)
     generator = seeded(seed)
     signs = 2 * torch.randint(2, law.shape, generator=generator).to(torch.float64) - 1
     exponent = math.log((len(law) + 1) / DELTA)
-    count = math.ceil(EXPECTED_SIGHTINGS[seed // len(SHAPES) % 3] * exponent / law.min().item() * _above_one(generator))
+    count = math.ceil(EXPECTED_SIGHTINGS[seed // len(SHAPES) % 4] * exponent / law.min().item() * _above_one(generator))
     plus = _draw(seed, count, law)
     return Trial(case, log_behaviour, _members(case, signs.diag()), count, 0.0, plus, torch.zeros_like(plus))
 
 
 @lru_cache(maxsize=256)
 def noisy(seed: int) -> Trial:
-    """Patterns of either sign, a little larger than what the bounds allow a minimiser to be."""
+    """Patterns of either sign, of the size that :data:`NOISY_CONSTANTS` say."""
     case, log_behaviour, law = _tree(seed)
     generator = seeded(seed)
     signs = 2 * torch.randint(2, (len(law), len(law)), generator=generator).to(torch.float64) - 1
     count = int(10 ** (2 + 4 * torch.rand((), generator=generator).item()))
-    constant = (sample_bounds.NOISY_CONSTANT, 28 / 3)[seed // len(SHAPES) % 2] * _above_one(generator)
-    share = min(0.9, math.sqrt(constant * math.log((len(law) + 1) / DELTA) / count))  # of B that f̄ is; noise is the rest
+    constant = NOISY_CONSTANTS[seed // len(SHAPES) % 3] * _above_one(generator)
+    share = min(
+        0.9, math.sqrt(constant * math.log((len(law) + 1) / DELTA) / count)
+    )  # of B that f̄ is; noise is the rest
     plus, minus = _draw(seed, count, torch.cat([law, law]) / 2).split(len(law), dim=-1)
     return Trial(case, log_behaviour, _members(case, share * signs), count, 1 - share, plus, minus)
 

@@ -1,4 +1,4 @@
-"""O1: how fast gradient descent minimises TBRM, from anywhere, on any data and any returns (deterministic transitions, tabular logits).
+"""O1: how fast gradient descent minimises TBRM from anywhere, on any data and any returns (deterministic transitions, tables).
 
 C1's flows give more than the absence of spurious minima: a Polyak-Łojasiewicz inequality with explicit constants, ``‖∇L‖² ≥ (4λ/K²)
 (L - min L)``, and a loss that is as smooth as its value is small. So gradient descent with the constant step ``η = 1/(4H - 2 + √L_0)``
@@ -6,8 +6,8 @@ converges linearly, whatever the starting point.
 
 * ``λ``: the least positive eigenvalue of the moment matrix ``M = E[φφᵀ]``; for Markov data at least the least mass of a pair (O1.b).
 * ``K``: the spectral norm of the triangular matrix ``C_hk = √min(m_{k+1} ⋯ m_h, n_k)``, ``k ≤ h``, where ``n_k`` pairs of layer k
-  have data, and at most ``m_h`` pairs with data lead to one state of layer h. On trees ``C`` is all ones, and ``K = 1/(2 sin(π/(4H+2)))
-  ≤ (2H+1)/3``, whatever the number of tokens; 1 for H = 1.
+  have data, and at most ``m_h`` pairs with data lead to one state of layer h. On trees ``C`` is all ones, and ``K`` is
+  ``1/(2 sin(π/(4H+2))) ≤ (2H+1)/3``, whatever the number of tokens; 1 for H = 1.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tbrm_theory.claims import by_hand
 from tbrm_theory.claims.cases import Case
 from tbrm_theory.claims.comparison import Comparison
 from tbrm_theory.claims.convergence import data_laws, small_problem
-from tbrm_theory.claims.derivatives import ListedLoss, flat, tables
+from tbrm_theory.claims.derivatives import ListedLoss, tables
 from tbrm_theory.claims.registry import claim
 from tbrm_theory.objectives import SampleObjective
 from tbrm_theory.occupancy import moment_matrix
@@ -85,7 +85,9 @@ def descent(seed: int, noisy: bool) -> Descent:
     law, generator = data_laws(case)[seed % 5, 0], seeded(seed)
     noise = 2.0 * noisy * torch.randn(law.shape, generator=generator, dtype=torch.float64)
     loss = ListedLoss.of(case.mdp, case.listed, law).observing(noise)
-    objective = SampleObjective(case.mdp, case.trajectories, law, (by_hand.return_in_beta(case) + noise) * case.mdp.beta)
+    objective = SampleObjective(
+        case.mdp, case.trajectories, law, (by_hand.return_in_beta(case) + noise) * case.mdp.beta
+    )
     draws = torch.randn(len(SCALES), len(loss.state), generator=generator, dtype=torch.float64)
     theta = draws * torch.tensor(SCALES, dtype=torch.float64).unsqueeze(-1)
     step = 1 / (4 * case.mdp.horizon - 2 + loss.value(theta).sqrt())
@@ -106,8 +108,8 @@ def gradient_bounds_the_loss(case: Case) -> Comparison:
     Left: ``SampleObjective`` and ``least_squares_plan``; ``λ`` by eigenvalues. Right: ``derivatives``. *Proof.* In the
     proof of C1.a the flow ``e_h`` is the sum over ``k ≤ h`` of what ``G_k`` sends through π to layer h. That has ℓ1-norm
     at most ``‖G_k‖₁ ≤ √n_k ‖G_k‖₂``; and ``‖π(·|s) x(s)‖₂ ≤ ‖x‖₂``, while merging m pairs multiplies a 2-norm by at most
-    ``√m``: ``‖e_h‖₂ ≤ Σ_k C_hk ‖G_k‖₂``, hence ``‖e‖₂ ≤ K ‖G‖₂``. With ``v = u - u*`` as in C1.d, ``e = M v`` and ``L - min L = vᵀ M v ≤
-    ‖M v‖²/λ = ‖e‖²/λ ≤ (K²/λ) ‖∇L‖²/4``. ∎
+    ``√m``: ``‖e_h‖₂ ≤ Σ_k C_hk ‖G_k‖₂``, hence ``‖e‖₂ ≤ K ‖G‖₂``. With ``v = u - u*`` as in C1.d, ``e = M v`` and
+    ``L - min L = vᵀ M v ≤ ‖M v‖²/λ = ‖e‖²/λ ≤ (K²/λ) ‖∇L‖²/4``. ∎
     """
     run = descent(case.seed, True)
     factor = 4 * least_eigenvalue(run.loss.moments) / flow_constant(case, run.loss) ** 2

@@ -141,8 +141,12 @@ def regret_falls_with_the_sample(case: Case) -> Comparison:
     draws = np.random.default_rng(case.seed)
     regrets = []
     for size in (count, FACTOR * count):
-        counts = torch.from_numpy(draws.multinomial(size, law.numpy() / law.sum().item(), REPETITIONS).astype(np.float64))
-        noise = torch.from_numpy(draws.standard_normal(counts.shape)) * counts.clamp(min=1).rsqrt()  # of each mean return
+        counts = torch.from_numpy(
+            draws.multinomial(size, law.numpy() / law.sum().item(), REPETITIONS).astype(np.float64)
+        )
+        noise = (
+            torch.from_numpy(draws.standard_normal(counts.shape)) * counts.clamp(min=1).rsqrt()
+        )  # of each mean return
         weighted = loss.under(counts / size)
         fitted = torch.linalg.pinv(weighted.moments, hermitian=True, rtol=1e-12)
         error = (fitted @ ((counts / size * noise) @ loss.visits).unsqueeze(-1)).squeeze(-1)
