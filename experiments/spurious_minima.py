@@ -28,9 +28,10 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -175,6 +176,9 @@ class Class:
     def parameters(self) -> int:
         return self.size * {"linear": 1, "low-rank": STATES + ACTIONS, "network": FEATURES + ACTIONS}[self.kind]
 
+    def name(self, realisable: bool, data: str) -> str:
+        return f"{self.kind} D {self.parameters}, {'realisable' if realisable else 'not realisable'}, {data}"
+
     def fixed(self, problems: int, generator: torch.Generator) -> Tensor:
         """What is random about a problem's class and not learned: features of pairs, of states, or nothing."""
         shape = {"linear": (STATES * ACTIONS, self.size), "low-rank": (0,), "network": (STATES, FEATURES)}[self.kind]
@@ -295,7 +299,7 @@ def class_row(which: Class, realisable: bool, data: str, config: Config, folder:
     if len(higher):
         theta[higher] = newton_descent(loss.rows(higher), theta[higher], config.iterations // 2)
         spurious[higher], unfinished[higher] = judged(loss.rows(higher), theta[higher], best()[higher])
-    name = f"{which.kind} D {which.parameters}, {'realisable' if realisable else 'not realisable'}, {data}"
+    name = which.name(realisable, data)
     excess = torch.where(spurious, loss.value(theta) - best(), 0.0)
     by_problem = spurious.unflatten(0, (config.problems, -1))
     if bool(spurious.any()):
@@ -352,17 +356,15 @@ def save(path: Path, loss: SharedLoss, theta: Tensor, row: Tensor, optimal: Tens
 # -- the run -----------------------------------------------------------------------------------------------------------
 
 
-def rows_to_run(config: Config) -> Iterator[tuple[str, tuple[Any, ...]]]:
+def rows_to_run(config: Config, folder: Path) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """Every row's name and what makes it, in the order in which they run."""
     for noise in torch.linspace(0, 1, config.grid, dtype=torch.float64).tolist():
-        yield f"noise {noise:.4f}", (noise,)
+        yield f"noise {noise:.4f}", partial(noise_row, noise, config)
     for kind, sizes in SIZES.items():
-        for size in sizes:
-            which = Class(kind, size)
-            for realisable in (True, False):
-                for data in ("uniform", "uneven"):
-                    name = f"{kind} D {which.parameters}, {'realisable' if realisable else 'not realisable'}, {data}"
-                    yield name, (which, realisable, data)
+        for which, realisable, data in product(
+            (Class(kind, size) for size in sizes), (True, False), ("uniform", "uneven")
+        ):
+            yield which.name(realisable, data), partial(class_row, which, realisable, data, config, folder)
 
 
 def summarise(rows: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
@@ -413,18 +415,15 @@ def main(config: Config) -> int:
     console = Console(width=None if sys.stdout.isatty() else 160)
     recorded = {key: value for key, value in asdict(config).items() if key != "results"}
     run = Run.open("spurious_minima", recorded, root=config.results)
-    wanted = list(rows_to_run(config))
+    wanted = list(rows_to_run(config, run.folder))
     done = {row["row"] for row in run.rows()}
     try:
         with Progress(console=console, transient=True) as progress:
             task = progress.add_task("rows", total=len(wanted), completed=len(done))
-            for name, made_of in wanted:
+            for name, make in wanted:
                 if name not in done:
                     progress.update(task, description=name)
-                    if len(made_of) == 1:
-                        run.record(noise_row(*made_of, config))
-                    else:
-                        run.record(class_row(*made_of, config, run.folder))
+                    run.record(make())
                     progress.advance(task)
     except KeyboardInterrupt:
         console.print(f"interrupted; the same command goes on from {run.folder}")

@@ -100,9 +100,8 @@ def binomial_interval(
     if not 0 <= successes <= trials:
         raise InvalidInputError("successes", f"expected from 0 to {trials}, found {successes}")
     _check_confidence(confidence)
-    if (
-        method == "exact"
-    ):  # quantiles of beta laws; SciPy's own function finds them by bisection, a thousand times slower
+    if method == "exact":
+        # Quantiles of beta laws. SciPy's own function finds them by bisection on the binomial law, a thousand times slower.
         tail, failures = (1 - confidence) / 2, trials - successes
         low = scipy.special.betaincinv(successes, failures + 1, tail) if successes else 0.0
         high = scipy.special.betaincinv(successes + 1, failures, 1 - tail) if failures else 1.0
