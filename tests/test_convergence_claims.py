@@ -15,7 +15,17 @@ from plants import Plant, check_that_the_verdict_turns, function, later_layers, 
 from torch import Tensor
 
 from tbrm_theory import dynamic_programming, losses, objectives, optimisers, population, sample_bounds
-from tbrm_theory.claims import cases, convergence, counterexamples, finite_sample, make_case, rates, sample_minimisers
+from tbrm_theory.claims import (
+    cases,
+    convergence,
+    counterexamples,
+    finite_sample,
+    make_case,
+    rates,
+    sample_minimisers,
+    select,
+    verify,
+)
 from tbrm_theory.claims.derivatives import ListedLoss, flat, tables
 from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.instance import Instance
@@ -24,6 +34,7 @@ from tbrm_theory.population import population_loss
 NUMBERS = ["B6", "C1", "C2", "C3", "C4", "O1"]
 FEW = ["two-armed-bandit", "deterministic-dag", "deterministic-tree"]
 CACHES = (
+    convergence.data_laws,
     convergence.small_problem,
     counterexamples.stochastic_transitions,
     counterexamples.linear_logits,
@@ -113,6 +124,21 @@ BUGS: dict[str, Plant] = {
 @pytest.mark.parametrize("claim_id", BUGS)
 def test_a_planted_bug_turns_the_verdict(claim_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check_that_the_verdict_turns(claim_id, BUGS[claim_id], monkeypatch, FEW)
+
+
+def test_claims_about_the_same_problems_share_them() -> None:
+    """Each is made once, for all parts, and each part has its own number of instances."""
+    made: list[int] = []
+
+    def problem(seed: int) -> cases.Case:
+        made.append(seed)
+        return convergence.small_problem(seed)
+
+    few = [dataclasses.replace(claim, problem=problem) for claim in select(["O1"])]
+    few[0] = dataclasses.replace(few[0], problems=3)
+    outcomes = verify(few, instances=25, seed=5)
+    assert made == list(range(5, 30))
+    assert [outcome.instances for outcome in outcomes.values()] == [3, 25, 25, 25, 25]
 
 
 # -- derivatives ------------------------------------------------------------------------------------------------------

@@ -38,13 +38,14 @@ _SMALL = (
 )
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=4)
 def small_problem(seed: int) -> Case:
     """A tree or a problem with merging states, of at most 24 trajectories."""
     family, options = _SMALL[seed % len(_SMALL)]
     return case_of(make(family, seed=seed, **options), "C1", seed)
 
 
+@lru_cache(maxsize=4)
 def data_laws(case: Case) -> Float[Tensor, "kinds draws trajectories"]:
     """Laws on the listed trajectories, one row for each kind of data."""
     listed, mdp = case.listed, case.mdp

@@ -78,7 +78,7 @@ class Descent:
         return 2 * self.case.sweep + self.case.listing
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=4)
 def descent(seed: int, noisy: bool) -> Descent:
     """Data of the kind that the seed says; returns with normal noise, or without."""
     case = small_problem(seed)

@@ -164,17 +164,17 @@ def verify(
             for attempts in run(joblib.delayed(_on_family)(pending, name, seed + turn, file) for name in names):
                 count(attempts)
         chunks = [
-            (c, range(start, min(start + _CHUNK, wanted[c.id])))
-            for c in own
-            for start in range(0, wanted[c.id], _CHUNK)
+            ([c for c in sharing if start < wanted[c.id]], range(seed + start, seed + min(start + _CHUNK, instances)))
+            for sharing in _by_problem(own)
+            for start in range(0, max(wanted[c.id] for c in sharing), _CHUNK)
         ]
-        for attempts in run(joblib.delayed(_on_own)(c, [seed + turn for turn in chunk]) for c, chunk in chunks):
+        for attempts in run(joblib.delayed(_on_own)(some, seeds) for some, seeds in chunks):
             count(attempts)
     return outcomes
 
 
 _CHUNK = 20
-"""Problems of its own that a claim is tried on in one task."""
+"""Problems of their own that claims are tried on in one task."""
 
 
 def _on_family(
@@ -184,9 +184,23 @@ def _on_family(
     return {claim.id: [Attempt.at(claim, case)] for claim in claims}
 
 
-def _on_own(claim: Claim, seeds: Sequence[int]) -> dict[str, list[Attempt]]:
-    assert claim.problem is not None
-    return {claim.id: [Attempt.at(claim, claim.problem(seed)) for seed in seeds]}
+def _by_problem(claims: Sequence[Claim]) -> list[list[Claim]]:
+    """Claims that are about the very same problems together, so that each problem is made once."""
+    groups: dict[Callable[[int], Case] | None, list[Claim]] = {}
+    for claim in claims:
+        groups.setdefault(claim.problem, []).append(claim)
+    return list(groups.values())
+
+
+def _on_own(claims: Sequence[Claim], seeds: Sequence[int]) -> dict[str, list[Attempt]]:
+    found: dict[str, list[Attempt]] = {claim.id: [] for claim in claims}
+    make = claims[0].problem
+    assert make is not None
+    for seed in seeds:
+        case = make(seed)
+        for claim in claims:
+            found[claim.id].append(Attempt.at(claim, case))
+    return found
 
 
 def by_number(claims: Sequence[Claim], outcomes: dict[str, Outcome]) -> dict[str, Outcome]:
