@@ -29,7 +29,7 @@ from tbrm_theory.json_fields import write_json
 from tbrm_theory.results import plain_json
 from tbrm_theory.transitions import DeterministicTransition
 
-__all__ = ["falsify_command", "finding_as_json", "print_targets", "worst"]
+__all__ = ["falsify_command", "finding_as_json", "one_thread", "print_targets", "worst"]
 
 _PIPED_WIDTH = 160
 _Found = tuple[Target, Finding]
@@ -80,7 +80,7 @@ def search(targets: Sequence[Target], *, steps: int, restarts: int, seed: int) -
     """Every target at every horizon, with a bar on a terminal's standard error."""
     found: list[_Found] = []
     hidden = not sys.stderr.isatty()
-    with _one_thread(), Progress(console=Console(stderr=True), transient=True, disable=hidden) as progress:
+    with one_thread(), Progress(console=Console(stderr=True), transient=True, disable=hidden) as progress:
         for target in targets:
             bars = {shape: progress.add_task(f"{target.id} H={shape.horizon}", total=steps) for shape in target.shapes}
 
@@ -221,7 +221,7 @@ def _console() -> Console:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """The tables are small: more threads would wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

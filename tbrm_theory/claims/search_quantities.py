@@ -4,11 +4,12 @@ The left side of a supremum over additive functions ``f`` (``κ``, ``Λ``) is ev
 gradients: it is then a lower bound whatever rounding did to ``f``, and by the envelope theorem its gradient is that of the supremum.
 ``E (Σf)²`` is always a sum of squares (I11), so neither side cancels.
 
-For Markov ``μ`` and deterministic transitions an additive function is one of the first pair and, in later layers, functions of the
-pair with ``E_μ[f_h | s_h] = 0``: a basis of these that is orthonormal under ``μ`` needs no inverse, however small its probabilities are.
+For Markov ``μ`` and deterministic transitions an additive function is one of the first pair and, in later layers, functions of
+the pair with ``E_μ[f_h | s_h] = 0``: a basis of these that is orthonormal under ``μ`` needs no inverse, however small its
+probabilities are.
 
-A maximum (``C_∞``, ``max|u|``) has a ``sharpness``: that of ``log x`` is then ``logsumexp(sharpness · log x)/sharpness``, an upper bound
-with a gradient in every cell, by which a search can balance them; None is the maximum itself.
+A maximum (``C_∞``, ``max|u|``) has a ``sharpness``: that of ``log x`` is then ``logsumexp(sharpness · log x)/sharpness``, an upper
+bound with a gradient in every cell, by which a search can balance them; None is the maximum itself.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ __all__ = [
     "c_inf",
     "chi_squares",
     "gradient_domination",
-    "kappa",
     "kappa_formula",
     "largest_residual",
     "maximum",
@@ -84,11 +84,6 @@ def kappa_formula(mdp: RegularizedMDP, log_pi: PerLayerStateAction, data: Data) 
         divergence = _over(gap, _over(q, q_state)).sum(-1, keepdim=True)
         layers.append((_over(p_state.square(), q_state) * divergence).sum((-2, -1)))
     return _total(layers)
-
-
-def kappa(mdp: RegularizedMDP, log_pi: PerLayerStateAction, log_mu: PerLayerStateAction) -> Scalars:
-    """``κ(π,μ)`` of Markov data by I12."""
-    return 1 + kappa_formula(mdp, log_pi, [(torch.ones((), dtype=torch.float64), log_mu)])
 
 
 def c_inf(mdp: RegularizedMDP, log_pi: PerLayerStateAction, data: Data, sharpness: float | None = None) -> Scalars:
