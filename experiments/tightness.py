@@ -1,13 +1,13 @@
 """How tight is every inequality, and are the false ones refuted? The adversarial searches of `tbrm falsify`, all of them.
 
 For each claim and horizon: the largest left/right found, certified from below in exact arithmetic, with the seed that finds it again.
-The searches of true claims must prove no violation and come as close to equality as the theory says they can (B3 to H C_inf, B5 to what
-a bandit attains at max|f| = 20, the others to 1); the searches of false claims must prove one.
+The searches of true claims must prove no violation and come as close to equality as the theory says they can: B5 to what a bandit
+attains at max|f| = 20, the others to 1. The searches of false claims must prove one.
 
 A run that was interrupted goes on where it stopped. The run folder also gets `tightness.md`, the table for a README, and
-`worst/CLAIM-H.json`, every worst instance. summary.json: `searches` (how many), `tightest` (claim to largest left/right), `refuted` (false
-claims with a proved violation), `unexpected` (violated though true, not refuted though false, or short of its target), `verdict`,
-`seconds`. Exit status 1 if anything is unexpected.
+`worst/CLAIM-H.json`, every worst instance. summary.json: `searches` (how many), `tightest` (claim to largest left/right), `refuted`
+(false claims with a proved violation), `unexpected` (violated though true, not refuted though false, or short of its target),
+`verdict`, `seconds`. Exit status 1 if anything is unexpected.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ def falsify(
             if progress is not None:
                 progress(shape, done)
 
-        winner = _Search(target, shape, steps, restarts, generator, report).run(start)
+        winner = _Search(target, shape, steps, restarts * target.crowd, generator, report).run(start)
         with torch.no_grad():
             instance = target.build(winner).instance(0)
         if target.snapped:
@@ -154,9 +154,7 @@ class _Search:
                 break
             candidates = self._next_generation(candidates.pick(order[: max(self.restarts // 4, 1)]), start is None)
         best = candidates.pick(order[:_KEPT])
-        if scores[order[0]] < math.log(self.target.enough):
-            polished = self._climb(best, 2 * each, 0.1 * _FAST, _SLOW, None)
-            best = join([best, polished])
+        best = join([best, self._climb(best, 2 * each, 0.1 * _FAST, _SLOW, None)])
         self.report(self.steps)
         return best.pick(self._scores(best).argmax()[None])
 
@@ -197,7 +195,9 @@ class _Search:
         left, right = self.target.sides(self.target.build(candidates), sharpness)
         if self.target.excess:
             left, right = left - 1, right - 1 + _EXCESS
-        return left.log() - right.log()
+        score = left.log() - right.log()
+        # A false inequality is refuted by enough; beyond, its supremum may be infinite, and its instances degenerate.
+        return score if self.target.enough <= 1 else score.clamp(max=math.log(self.target.enough))
 
     def _scores(self, candidates: Candidates) -> Tensor:
         """With the maxima themselves; what is not finite is worst."""

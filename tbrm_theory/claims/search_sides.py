@@ -37,7 +37,6 @@ __all__ = [
     "both",
     "coverage_problems",
     "domination",
-    "domination_of_gap",
     "fast_rate",
     "formula",
     "free_problems",
@@ -45,6 +44,7 @@ __all__ = [
     "largest_second_moment",
     "largest_shift",
     "lemma1",
+    "loss_at_stationary_point",
     "of_c_inf",
     "planned_problems",
     "theorem2",
@@ -164,8 +164,16 @@ def domination(problems: Problems, sharpness: float | None) -> Sides:
     return gradient_domination(problems.mdp, _theta(problems), problems.mu, sharpness)
 
 
-def domination_of_gap(problems: Problems, sharpness: float | None) -> Sides:
-    """What would make every stationary point a global minimum: that the loss above ``better``'s is dominated."""
+def loss_at_stationary_point(problems: Problems, sharpness: float | None) -> Sides:
+    """``L(θ)`` against ``L(better)``, made harder by C1's bound of ``L(θ)`` so that only a stationary ``θ`` can win.
+
+    The gradient with respect to ``θ`` is reversed: while everything else climbs, ``θ`` descends its own loss to a stationary point.
+    """
     assert problems.better is not None
-    loss, bound = domination(problems, sharpness)
-    return loss - square_mean(problems.mdp, residual_terms(problems.mdp, problems.better), problems.data), bound
+    mdp, theta = problems.mdp, tuple(table.detach() for table in _theta(problems))
+    descending = tuple(2 * fixed - table for fixed, table in zip(theta, _theta(problems), strict=True))
+    left, right = (
+        square_mean(mdp, residual_terms(mdp, logits), problems.data) for logits in (descending, problems.better)
+    )
+    _, bound = gradient_domination(mdp, theta, problems.mu, sharpness)
+    return left, right + bound

@@ -16,7 +16,6 @@ from tbrm_theory.claims.search_sides import (
     both,
     coverage_problems,
     domination,
-    domination_of_gap,
     fast_rate,
     formula,
     free_problems,
@@ -24,6 +23,7 @@ from tbrm_theory.claims.search_sides import (
     largest_second_moment,
     largest_shift,
     lemma1,
+    loss_at_stationary_point,
     of_c_inf,
     planned_problems,
     theorem2,
@@ -62,6 +62,8 @@ class Target:
     """From this horizon on the search starts from the winner of the horizon before."""
     snapped: bool = False
     """Probabilities next to 0 in the winner become 0."""
+    crowd: int = 1
+    """So many times the candidates, where few random ones lead anywhere."""
     enough: float = 1 - 1e-9
     """A search ends when it has found this."""
 
@@ -159,15 +161,15 @@ _ALL = (
         enough=1.3,
     ),
     _covered("false-kappa-max-chi", "false-kappa-max-chi", both(kappa, largest_shift), 2, enough=1.9),
-    _mixed("false-mixture-i12", "false-mixture-i12", Shape(2), both(kappa, formula), enough=100),
-    _mixed("false-mixture-lemma1", "false-mixture-lemma1", Shape(2), both(kappa, lemma1), enough=100),
+    _mixed("false-mixture-i12", "false-mixture-i12", Shape(2), both(kappa, formula), enough=100.0),
+    _mixed("false-mixture-lemma1", "false-mixture-lemma1", Shape(2), both(kappa, lemma1), enough=100.0),
     _planned("false-b5-half", "false-b5-half", partial(theorem2, factor=0.5), 1, largest=LARGEST_RESIDUAL, enough=1.8),
     _planned("false-b7-half", "false-b7-half", partial(fast_rate, factor=0.25), 1, enough=1.9),
     Target(
         "false-c1-stochastic",
         "false-c1-stochastic",
         _STOCHASTIC,
-        (*_FREE, "transition"),
+        ("reward", "theta", "transition"),
         free_problems,
         domination,
         enough=1e3,
@@ -178,8 +180,9 @@ _ALL = (
         _STOCHASTIC,
         ("reward", "theta", "better", "transition"),
         free_problems,
-        domination_of_gap,
-        enough=1e3,
+        loss_at_stationary_point,
+        crowd=4,
+        enough=10.0,
     ),
 )
 TARGETS: dict[str, Target] = {target.id: target for target in _ALL}
