@@ -12,6 +12,7 @@ A run that was interrupted goes on where it stopped. The run folder also gets `t
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -124,10 +125,19 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The tightness table as text."""
-    lines = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells(row)) + " |" for row in rows]
+    """The largest left/right of every claim with its horizon (of equals to six digits the longest) and seed, as text."""
+    best: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if row["claim"] not in best or _tightness(row) > _tightness(best[row["claim"]]):
+            best[row["claim"]] = row
+    lines = ["| " + " | ".join(_COLUMNS[:-1]) + " |", "|" + "---|" * len(_COLUMNS[:-1])]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells(row)[:-1]) + " |" for row in best.values()]
     return "\n".join(lines) + "\n"
+
+
+def _tightness(row: dict[str, Any]) -> tuple[float, int]:
+    ratio = float(row["best_ratio"])
+    return (ratio if math.isinf(ratio) else round(ratio, 6)), row["horizon"]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:

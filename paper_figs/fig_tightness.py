@@ -75,8 +75,9 @@ def _gaps(axis: Axes, rows: list[dict[str, Any]]) -> None:
             axis.plot([1 - limit] * 2, [place - 0.4, place + 0.1], color="black", lw=1, label=label)
     axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
+    axis.set_xlim(FLOOR / 3, 0.3)
     axis.set(xlabel="1 - left/right of the worst instance found", title="(a) true: how far from equality")
-    axis.text(FLOOR, -0.62, "equality", fontsize=7, ha="center", va="bottom")
+    axis.text(FLOOR, 1.01, "equality", fontsize=7, ha="center", va="bottom", transform=axis.get_xaxis_transform())
     axis.grid(axis="x", lw=0.3)
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(0.02, 0.35))
 
@@ -94,6 +95,7 @@ def _excesses(axis: Axes, rows: list[dict[str, Any]]) -> None:
     axis.axvline(1, color="black", ls="--", lw=1)
     axis.set_yticks(range(len(rows)), [row["claim"] for row in rows])
     axis.invert_yaxis()
+    axis.set_xlim(0.5, 3 * CEILING)
     axis.set(xlabel="left/right of the worst instance found", title="(b) false: refuted beyond the dashed line")
     axis.grid(axis="x", lw=0.3)
 
