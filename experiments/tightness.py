@@ -4,17 +4,17 @@ For each claim and horizon: the largest left/right found, certified from below i
 The searches of true claims must prove no violation and come as close to equality as the theory says they can: B5 to what a bandit
 attains at max|f| = 20, the others to 1. The searches of false claims must prove one.
 
-A run that was interrupted goes on where it stopped. The run folder also gets `tightness.md`, the table for a README, and
-`worst/CLAIM-H.json`, every worst instance. summary.json: `searches` (how many), `tightest` (claim to largest left/right), `refuted`
-(false claims with a proved violation), `unexpected` (violated though true, not refuted though false, or short of its target),
-`verdict`, `seconds`. Exit status 1 if anything is unexpected.
+A run that was interrupted or killed goes on where it stopped when the same code is asked for the same settings. The run folder also
+gets `tightness.md`, the table for a README, and `worst/CLAIM-H.json`, every worst instance. summary.json: `searches` (how many),
+`tightest` (claim to largest left/right), `refuted` (false claims with a proved violation), `unexpected` (violated though true, not
+refuted though false, or short of its target), `verdict`, `seconds` (of all searches in the table together). Exit status 1 if anything
+is unexpected; 2 on bad input; 130 on Ctrl-C.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +29,9 @@ from rich.text import Text
 from tbrm_theory.claims.falsification import falsify
 from tbrm_theory.claims.falsify_command import finding_as_json, one_thread
 from tbrm_theory.claims.search_targets import TARGETS, Target, select_targets
+from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.json_fields import write_json
+from tbrm_theory.program import run_program
 from tbrm_theory.results import Run, plain_json
 
 EXPECTED = {
@@ -60,6 +62,16 @@ class Config:
     seed: int = 0
     """The first of them."""
     results: Path = Path("results")
+    """Folder to write to; this run is in tightness/ there, the newest one behind the link tightness/latest."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "restarts", "seeds"):
+            if getattr(self, name) < 1:
+                raise InvalidInputError(name, f"expected at least 1, found {getattr(self, name)}")
+        if self.seed < 0:
+            raise InvalidInputError("seed", f"expected a seed, which is not negative, found {self.seed}")
+        for claim in self.claims:
+            select_targets(claim)
 
 
 def rows_of(target: Target, seed: int, config: Config) -> list[dict[str, Any]]:
@@ -96,7 +108,7 @@ def _rank(row: dict[str, Any]) -> tuple[bool, float]:
     return row["violated"], float(row["best_ratio"])
 
 
-def summarise(rows: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
+def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The headline numbers; keys are explained in ``--help``."""
     bad = [f"{row['claim']} at H = {row['horizon']}: {row['unexpected']}" for row in rows if row["unexpected"]]
     tightest: dict[str, float] = {}
@@ -109,7 +121,7 @@ def summarise(rows: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
         "refuted": [row["claim"] for row in rows if not row["expected_to_hold"] and row["violated"]],
         "unexpected": bad,
         "verdict": "as predicted" if not bad else "NOT as predicted",
-        "seconds": round(seconds, 1),
+        "seconds": round(sum(row["seconds"] for row in rows), 1),
     }
 
 
@@ -148,7 +160,6 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def main(config: Config) -> int:
-    started = time.perf_counter()
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     targets = [target for claim in config.claims for target in select_targets(claim)] or list(TARGETS.values())
     recorded = {key: value for key, value in asdict(config).items() if key != "results"}
@@ -164,21 +175,21 @@ def main(config: Config) -> int:
                     run.record({"claim": target.id, "seed": seed, "rows": rows_of(target, seed, config)})
                     progress.advance(task)
     except KeyboardInterrupt:
-        console.print(f"interrupted; the same command goes on from {run.folder}")
+        console.print(Text(f"interrupted; the same command goes on from {run.folder}"), soft_wrap=True)
         return 130
     rows = best_of_seeds([row for record in run.rows() for row in record["rows"]])
     (run.folder / "tightness.md").write_text(markdown(rows), encoding="utf-8")
     (run.folder / "worst").mkdir(exist_ok=True)
     for row in rows:
         write_json(run.folder / "worst" / f"{row['claim']}-{row['horizon']}.json", plain_json(row["instance"]))
-    summary = summarise(rows, time.perf_counter() - started)
+    summary = summarise(rows)
+    run.finish(summary)  # before anything is printed, to a disk that may be full or a reader who may have gone
     console.print(table(rows))
-    run.finish(summary)
     for key, value in summary.items():
-        console.print(Text(f"{key}: {value}"))
-    console.print(Text(f"results: {run.folder}"))
+        console.print(Text(f"{key}: {value}"), soft_wrap=True)
+    console.print(Text(f"results: {run.folder}"), soft_wrap=True)
     return 0 if not summary["unexpected"] else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config, description=__doc__)))
+    sys.exit(run_program("tightness", lambda: main(tyro.cli(Config, description=__doc__))))

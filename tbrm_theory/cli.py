@@ -143,10 +143,7 @@ def falsify(
     if list:
         print_targets()
         return 0
-    try:
-        return falsify_command(claim, steps, restarts, seed, json, save)
-    except (InvalidInputError, OSError) as error:
-        raise CommandError(str(error)) from error
+    return falsify_command(claim, steps, restarts, seed, json, save)
 
 
 COMMANDS: dict[str, Callable[..., int]] = {

@@ -86,7 +86,7 @@ def test_each_verdict_can_turn(run: Path, claim: str, change: dict[str, Any], fo
     doctored = {**row, **change}
     doctored["unexpected"] = tightness.unexpected(doctored)
     assert doctored["unexpected"] == found
-    assert tightness.summarise([doctored], 0.0)["verdict"] == "NOT as predicted"
+    assert tightness.summarise([doctored])["verdict"] == "NOT as predicted"
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(run: Path, tmp_path: Path) -> None:
@@ -95,7 +95,8 @@ def test_an_interrupted_run_goes_on_where_it_stopped(run: Path, tmp_path: Path) 
     kept = folder / "kept"
     kept.mkdir()
     (folder / "latest").symlink_to("kept")
-    (kept / "config.json").write_text((run / "config.json").read_text())
+    for name in ("config.json", "provenance.json"):
+        (kept / name).write_text((run / name).read_text())
     first, *_ = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (kept / "metrics.jsonl").write_text(first + first[: len(first) // 2])
     assert tightness.main(tightness.Config(results=tmp_path, **SMALL)) == 0
@@ -104,6 +105,17 @@ def test_an_interrupted_run_goes_on_where_it_stopped(run: Path, tmp_path: Path) 
         return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
     assert numbers(rows_of(kept)) == numbers(rows_of(run))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("steps", 0), ("restarts", 0), ("seeds", 0), ("seed", -1), ("claims", ("B1", "B99"))]
+)
+def test_impossible_settings_are_refused_before_anything_is_written(
+    setting: str, value: object, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=f"{setting.removesuffix('s')}s?: "):
+        tightness.Config(results=tmp_path, **{setting: value})  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_figure_is_redrawn_from_the_committed_table_and_plots_its_numbers(tmp_path: Path) -> None:
