@@ -53,11 +53,13 @@ figures: venv  ## redraw every figure from the committed tables, running nothing
 bench: venv  ## measure the throughput of solving, sampling and minimising
 	$(RUN) experiments/bench.py
 
-experiments: venv  ## the convergence experiment on the large problems too, the boundaries, and the tables and figures that are committed
+experiments: venv  ## the convergence experiment on the large problems too, the boundaries, the full searches; what is committed of them
 	$(RUN) experiments/toy_convergence.py --full
 	@$(RUN) paper_figs/fig_toy_convergence.py --results $(LATEST)
 	@set -e; for name in $(BOUNDARIES); do $(RUN) experiments/$$name.py; \
 	  $(RUN) paper_figs/fig_$$name.py --results results/$$name/latest; done
+	$(RUN) experiments/tightness.py
+	@$(RUN) paper_figs/fig_tightness.py --results results/tightness/latest
 
 wheel: venv  ## build dist/*.whl and dist/*.tar.gz
 	$(RUN) -m build --no-isolation

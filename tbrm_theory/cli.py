@@ -113,11 +113,45 @@ def verify(
     return verify_command(claims, families, instances, seed, file, json)
 
 
+def falsify(
+    claim: Annotated[str, tyro.conf.Positional] = "",
+    /,
+    *,
+    steps: int = 600,
+    restarts: int = 64,
+    seed: int = 0,
+    json: Path | None = None,
+    save: Path | None = None,
+    list: _Flag = False,
+) -> int:
+    """Search adversarially for an instance that violates a claim: gradient ascent on left/right of an inequality.
+
+    The worst instance is decided in exact arithmetic, and only then called a violation. Exit status 0: no violation was proved; 1: one
+    was, as it must be for the claims that are false on purpose.
+
+    Args:
+        claim: Id such as B3, or B5.a for a part; --list names all.
+        steps: Gradient steps at each horizon.
+        restarts: Candidates searched together.
+        seed: Same seed, same instances.
+        json: File to write the outcome to, worst instance included.
+        save: File to write the worst instance to.
+        list: Name the claims and stop.
+    """
+    from tbrm_theory.claims.falsify_command import falsify_command, print_targets
+
+    if list:
+        print_targets()
+        return 0
+    return falsify_command(claim, steps, restarts, seed, json, save)
+
+
 COMMANDS: dict[str, Callable[..., int]] = {
     "evaluate": evaluate,
     "solve": solve,
     "families": families,
     "verify": verify,
+    "falsify": falsify,
 }
 """Subcommands by name, in the order of ``tbrm --help``. A new one is a function above and a line here."""
 
