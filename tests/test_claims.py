@@ -38,6 +38,7 @@ NUMBERS = [
     *(f"X{n}" for n in (1, 3, 4)),
     "O1",
     "O3",
+    "O4",
 ]
 FEW = ["chain", "garnet", "deterministic-tree"]
 

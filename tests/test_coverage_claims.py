@@ -11,7 +11,7 @@ import torch
 from plants import Plant, check_that_the_verdict_turns, function, scaled
 from torch import Tensor
 
-from tbrm_theory import bounds, coverage, dynamic_programming, optimisers, population
+from tbrm_theory import bounds, coverage, dynamic_programming, optimisers, policy_class, population
 from tbrm_theory.claims import CLAIMS, Verdict, select, verify
 from tbrm_theory.claims.measure_change import sharp_family
 from tbrm_theory.claims.regret_bounds import bandit_of_theorem_2, regret_by_hand
@@ -83,6 +83,7 @@ BUGS: dict[str, Plant] = {
     "B7.e": function(coverage, "c_inf", scaled(1e-3)),
     "O3.a": function(dynamic_programming, "regret", scaled(1 + 1e-9)),
     "O3.b": function(bounds, "support_bound", scaled(0.2)),
+    "O4": function(policy_class, "largest_c_inf", scaled(1e-3)),
 }
 
 

@@ -1,6 +1,6 @@
-"""O3: what holds where the data omit actions, so that κ(π*,μ) = ∞ and Theorem 2 says nothing.
+"""O3: what holds where the data omit actions, so that κ(π*,μ) = ∞ and Theorem 2 says nothing. O4: what a sample says of the regret.
 
-One side is ``bounds``; the other lists trajectories.
+One side is ``bounds`` and ``sample_bounds``; the other lists trajectories, or draws data sets.
 """
 
 from __future__ import annotations
@@ -8,10 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tbrm_theory import bounds, dynamic_programming
+from tbrm_theory import bounds, dynamic_programming, policy_class, sample_bounds
 from tbrm_theory.claims import by_hand
 from tbrm_theory.claims.cases import Case
-from tbrm_theory.claims.comparison import Comparison
+from tbrm_theory.claims.comparison import EPSILON, Comparison
+from tbrm_theory.claims.finite_sample import failures, noise_free, noise_free_case
 from tbrm_theory.claims.identities import deterministic
 from tbrm_theory.claims.registry import claim
 from tbrm_theory.shapes import PerLayerStateAction
@@ -76,3 +77,24 @@ def theorem_2_on_the_support(case: Case) -> Comparison:
     right = bounds.support_bound(case.mdp, case.logits, mu)
     scale = case.mdp.horizon * (_size(case) + right)
     return Comparison(lost + inner, right, scale, 8 * case.sweep + 2 * case.listing, "at most")
+
+
+# -- O4 --------------------------------------------------------------------------------------------------------------
+
+
+@claim("O4", source="own", problem=noise_free_case)
+def regret_from_a_sample(case: Case) -> Comparison:
+    """token trees: P(some θ with L_D = 0: J* - J(π_θ) > (β/2) max_π C_∞(π,μ) B² log(|Θ|/δ)/N) ≤ δ
+
+    a rate of 1/N where Theorem 2 with B6 has 1/√N. Left: how often some member of a class that fits all N trajectories exceeds it,
+    its regret by ``regret``. Right: ``δ``. *Proof.* Every π_t of B7 is a policy, so ``C_∞(π_t,μ) ≤ max_π C_∞(π,μ)``, which does not
+    depend on the data; B7 on trees bounds the regret by ``(β/2) max C_∞ L_μ(θ)``, and B6.d bounds ``L_μ(θ)``. ∎
+    """
+    trial = noise_free(case.seed)
+    policies = tuple(torch.log_softmax(table, dim=-1) for table in trial.logits)
+    regret = dynamic_programming.regret(case.mdp, policies, solution=case.solution)
+    rounding = (EPSILON * case.sweep * trial.setting["residual_bound"]) ** 2
+    empirical = torch.where(trial.empirical_loss <= rounding, 0.0, trial.empirical_loss)
+    loss = sample_bounds.finite_sample_loss(empirical, **trial.setting, tilt=torch.inf)
+    worst = policy_class.largest_c_inf(case.mdp, trial.log_behaviour)
+    return failures(regret > case.mdp.beta / 2 * worst * loss)
