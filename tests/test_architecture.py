@@ -53,6 +53,8 @@ FLOORS = {
     "moments": 3,
     "policy_class": 3,
     "bounds": 3,
+    "control_variate": 3,
+    "conditioning": 3,
     "parametrisations": 3,
     "objectives": 4,
     "optimisers": 4,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_boundaries_optimisation
 import test_coverage_claims
 import torch
 from plants import Plant, check_that_the_verdict_turns, function, kernels, later_layers, scaled
@@ -32,7 +33,8 @@ from tbrm_theory.transitions import DenseTransition, SparseTransition
 NUMBERS = [
     *(f"I{n}" for n in range(1, 15)),
     *(f"B{n}" for n in (1, 2, 3, 4, 5, 7)),
-    "O3",
+    *("X2", "X5", "X6", "X7"),
+    *("O2", "O3"),
 ]
 FEW = ["chain", "garnet", "deterministic-tree"]
 
@@ -139,7 +141,7 @@ BUGS: dict[str, Plant] = {
 
 def test_a_bug_is_planted_for_every_claim() -> None:
     """Here and in the other modules that test claims."""
-    planted = set(BUGS) | set(test_coverage_claims.BUGS)
+    planted = set(BUGS) | set(test_coverage_claims.BUGS) | set(test_boundaries_optimisation.BUGS)
     assert planted == set(CLAIMS)
     assert sorted({claim.number for claim in CLAIMS.values()}, key=NUMBERS.index) == NUMBERS
 

@@ -8,13 +8,17 @@ themselves are one file for each section of theory.md, imported here so that the
 from __future__ import annotations
 
 from tbrm_theory.claims import (
+    corrected_residual,
     identities,
     linearisation,
     loss_identities,
     measure_change,
+    noisy_transitions,
+    outcome_reward,
     own,
     regret_bounds,
     residual_identities,
+    starting_points,
 )
 from tbrm_theory.claims.cases import Case, make_case
 from tbrm_theory.claims.comparison import Comparison
@@ -34,5 +38,17 @@ __all__ = [
     "verify",
 ]
 
-REGISTERED_IN = (identities, residual_identities, loss_identities, measure_change, linearisation, regret_bounds, own)
+REGISTERED_IN = (
+    identities,
+    residual_identities,
+    loss_identities,
+    measure_change,
+    linearisation,
+    regret_bounds,
+    noisy_transitions,
+    starting_points,
+    outcome_reward,
+    corrected_residual,
+    own,
+)
 """The modules whose import adds claims to :data:`CLAIMS`."""
