@@ -20,14 +20,14 @@ from collections.abc import Sequence
 import torch
 
 from tbrm_theory.behaviours import Behaviour, MarkovBehaviour
-from tbrm_theory.dynamic_programming import admissible_logits, check_policy, soft_value
+from tbrm_theory.dynamic_programming import admissible_logits, check_policy, soft_value, solve
 from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.mdp import RegularizedMDP
 from tbrm_theory.population import additive_moments
-from tbrm_theory.shapes import PerLayerStateAction, Scalars
+from tbrm_theory.shapes import PerLayerState, PerLayerStateAction, Scalars
 from tbrm_theory.transitions import Transition
 
-__all__ = ["bellman_error", "corrected_loss"]
+__all__ = ["bellman_error", "corrected_loss", "noise_before"]
 
 
 def bellman_error(
@@ -75,3 +75,21 @@ def corrected_loss(
         moments = additive_moments(mdp, errors, log_policy)
         losses.append(weight * (mdp.initial * (moments.mean.square() + moments.variance)).sum(-1))
     return torch.stack(torch.broadcast_tensors(*losses)).sum(0)
+
+
+def noise_before(mdp: RegularizedMDP, log_policy: PerLayerStateAction) -> PerLayerState:
+    """``d^μ_h(s) b_h(s) = E_μ[Σ_{k<h} n_k 1{s_h=s}]`` for Markov ``μ``, ``n_k = E[V*(s')|s_k,a_k] - V*(s_{k+1})``: bad luck so far.
+
+    By one forward sweep. It is what leads TBRM away from the optimum (I7.e, X2).
+    """
+    check_policy(mdp, log_policy)
+    v = solve(mdp).v
+    mass, carried = mdp.initial, torch.zeros_like(mdp.initial)
+    found = [carried]
+    for h, kernel in enumerate(mdp.transitions):
+        policy = log_policy[h].exp()
+        pairs = mass.unsqueeze(-1) * policy
+        mass = kernel.push(pairs)
+        carried = kernel.push(carried.unsqueeze(-1) * policy + pairs * kernel.expect(v[h + 1])) - v[h + 1] * mass
+        found.append(carried)
+    return tuple(found)

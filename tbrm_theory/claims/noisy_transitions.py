@@ -1,7 +1,7 @@
 """X2: what stochastic transitions do to TBRM's minimiser.
 
-The problems of X2.b and X2.c are :func:`lottery`: built backwards from a wrong policy, so that it is a stationary point in closed
-form.
+The problems of X2.c and X2.d are :func:`lottery`: built backwards from a wrong policy, so that it is a stationary
+point in closed form.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tbrm_theory import dynamic_programming, population
+from tbrm_theory import control_variate, dynamic_programming, population
 from tbrm_theory.claims import by_hand
 from tbrm_theory.claims.cases import Case, case_of
 from tbrm_theory.claims.comparison import Comparison
@@ -24,6 +24,8 @@ from tbrm_theory.shapes import PerLayerState, PerLayerStateAction
 from tbrm_theory.transitions import DenseTransition
 
 __all__ = ["Lottery", "carried_noise", "lottery", "mean_next"]
+
+_MOST_PAIRS = 40  # of a Hessian
 
 
 # -- X2 ------------------------------------------------------------------------------------------------------------
@@ -138,7 +140,41 @@ def mean_next(case: Case, v: PerLayerState, h: int) -> Tensor:
     return mean[..., case.listed.states[:, h], case.listed.actions[:, h]]
 
 
-@claim("X2.b", source="own", problem=_lottery_case, problems=100)
+def small_enough_for_a_hessian(case: Case) -> str | None:
+    pairs = sum(table.numel() for table in case.mdp.reference)
+    return None if pairs <= _MOST_PAIRS else f"more than {_MOST_PAIRS} pairs"
+
+
+@claim("X2.b", source="own", requires=[stochastic, small_enough_for_a_hessian])
+def optimum_may_be_a_saddle(case: Case) -> Comparison:
+    """stochastic, data of π*: ½∇²L(θ*) is d_h(s)(1 - b_h(s))(diag π* - π*π*ᵀ) on each state of h ≥ 2
+
+    ``d_1(s) diag π*`` in layer 1, and 0 between states; ``b_h(s)`` is the mean bad luck on the way to s, I7.e's
+    ``b``. So θ*, stationary on its own data, is a minimum only if ``b_h(s) ≤ 1`` at all states with a choice, β in
+    reward units, and a saddle if one exceeds 1. Left: autograd, twice, through ``population_loss``. Right:
+    ``noise_before`` and occupancies by sums over all trajectories. *Proof.* ``½∇²L = E[∇f ∇fᵀ] + E[f ∇²f]``. The
+    first is X7.a's. A visit to ``s_h``, ``h ≥ 2``, adds ``-(diag π - π πᵀ)`` to ``∇²f``, that of ``-V_θ(s_h)``;
+    nothing else bends. Its factor is ``E[f 1{s_h=s}] = d b``, as noise from ``h`` on has mean 0. ∎
+    """
+    data = case.solution.log_policy
+    pairs = [table.numel() for table in case.mdp.reference]
+    copies = [torch.where(valid, q, 0.0) for q, valid in zip(case.solution.q, case.mdp.valid, strict=True)]
+    own = tuple(table.expand(sum(pairs), *table.shape).clone().requires_grad_() for table in copies)
+    loss = population.population_loss(case.mdp, own, data)
+    slopes = torch.autograd.grad(loss.sum(), own, create_graph=True)
+    entry = torch.cat([slope.flatten(1) for slope in slopes], dim=-1).diagonal().sum()  # of copy i the i-th
+    left = torch.cat([row.flatten(1) for row in torch.autograd.grad(entry, own)], dim=-1) / 2
+    law = case.listed.log_law(data).exp()
+    blocks = []
+    for h, (before, log) in enumerate(zip(control_variate.noise_before(case.mdp, data), data, strict=True)):
+        mass = torch.zeros(len(before), dtype=torch.float64).index_add(0, case.listed.states[:, h], law)
+        for weight, row in zip(mass - before, log.exp(), strict=True):
+            blocks.append(weight * (torch.diag(row) - (torch.outer(row, row) if h else 0.0)))
+    size = by_hand.size(case.listed.log_law(data), terms(case, case.solution.q))
+    return Comparison(left, torch.block_diag(*blocks), size, 6 * case.sweep + 2 * case.listing)
+
+
+@claim("X2.c", source="own", problem=_lottery_case, problems=100)
 def luck_is_taken_for_skill(case: Case) -> Comparison:
     """a wrong policy is stationary: log π/π* = π m/μ + c(s), m(s) the luck of state s
 
@@ -155,11 +191,11 @@ def luck_is_taken_for_skill(case: Case) -> Comparison:
     return Comparison(left, torch.zeros_like(left), scale, 2 * case.sweep + case.listing)
 
 
-@claim("X2.c", source="own", problem=_lottery_case, problems=100)
+@claim("X2.d", source="own", problem=_lottery_case, problems=100)
 def price_of_luck(case: Case) -> Comparison:
-    """the regret of X2.b's policy is β Σ_s P(s) {m Σ_a π²/μ + log Σ_a π exp(-π m/μ)} > 0
+    """the regret of X2.c's policy is β Σ_s P(s) {m Σ_a π²/μ + log Σ_a π exp(-π m/μ)} > 0
 
-    Left: ``regret``. Right: the formula, with nothing but π, m and μ. *Proof.* X2.b's ``log π/π*`` in I3. ∎
+    Left: ``regret``. Right: the formula, with nothing but π, m and μ. *Proof.* X2.c's ``log π/π*`` in I3. ∎
     """
     luck, policy, data = lottery(case.seed).luck, case.logits[1].exp(), case.mdp.reference[1]
     chance = case.mdp.transitions[0].edges()[1][0, 0]
