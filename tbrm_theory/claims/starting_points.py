@@ -27,7 +27,7 @@ from tbrm_theory.objectives import SampleObjective
 from tbrm_theory.optimisers import least_squares_plan
 from tbrm_theory.random_tables import seeded
 from tbrm_theory.scores import table_scores
-from tbrm_theory.shapes import PerLayerStateAction
+from tbrm_theory.shapes import PerLayerStateAction, StateActionTable
 from tbrm_theory.trajectories import TrajectoryBatch
 
 __all__ = ["THRESHOLD", "bandit_scores", "without_reward"]
@@ -39,12 +39,18 @@ THRESHOLD = 1.8830884279366547
 # -- X5 ------------------------------------------------------------------------------------------------------------
 
 
-def bandit_scores(mdp: RegularizedMDP, logits: PerLayerStateAction, loss: str) -> Tensor:
-    """The loss of bandit logits ``(…, 1, 2)`` on uniform data; ``V`` of the iterative variant is frozen at ``(0, 0)``."""
+def bandit_scores(
+    mdp: RegularizedMDP, logits: PerLayerStateAction, loss: str, frozen: StateActionTable | None = None
+) -> Tensor:
+    """The loss of bandit logits ``(…, 1, 2)`` on uniform data.
+
+    Args:
+        frozen: the logits ``(…, 1, 2)`` whose value the iterative variant keeps; ``(0, 0)`` for None.
+    """
     arms = torch.tensor([[0], [1]])
     both = TrajectoryBatch(torch.zeros_like(arms), arms, torch.ones_like(arms, dtype=torch.bool))
-    frozen = torch.zeros_like(mdp.reward[0])
-    scores = table_scores(logits, mdp.log_reference, mdp.reward, both, frozen_first_logits=frozen)
+    kept = torch.zeros_like(mdp.reward[0]) if frozen is None else frozen
+    scores = table_scores(logits, mdp.log_reference, mdp.reward, both, frozen_first_logits=kept)
     return losses.squared_loss(losses.RESIDUALS[loss](scores, beta=mdp.beta))
 
 
