@@ -1,7 +1,7 @@
 """Started at the reference model, TBRM moves where there is nothing to learn, ReVal rests: three panels from one table.
 
-Reads the table `calibrated_start.json` in `--data`; writes `calibrated_start.pdf` and `.png` to `--out`. With `--results`, the table is
-first extracted from that run's `metrics.jsonl`. Runs no experiment.
+Reads the table `calibrated_start.json` in `--data`; writes `calibrated_start.pdf` and `.png` to `--out`. With `--results`, the table
+is first extracted from that run's `metrics.jsonl`. Runs no experiment.
 """
 
 from __future__ import annotations
