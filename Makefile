@@ -8,6 +8,8 @@ VENV := .venv
 INSTALLED := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 LATEST := results/toy_convergence/latest
+# The experiments of theory.md's section 4.
+BOUNDARIES := transition_noise frozen_value calibrated_start conditioning
 
 # Figures are files; no window is ever opened.
 export MPLBACKEND := Agg
@@ -50,9 +52,11 @@ figures: venv  ## redraw every figure from the committed tables, running nothing
 bench: venv  ## measure the throughput of solving, sampling and minimising
 	$(RUN) experiments/bench.py
 
-experiments: venv  ## the convergence experiment on the large problems too, and the table and figure that are committed
+experiments: venv  ## every experiment, the convergence one on the large problems too, with the tables and figures that are committed
 	$(RUN) experiments/toy_convergence.py --full
 	@$(RUN) paper_figs/fig_toy_convergence.py --results $(LATEST)
+	@set -e; for name in $(BOUNDARIES); do \
+	  $(RUN) experiments/$$name.py; $(RUN) paper_figs/fig_$$name.py --results results/$$name/latest; done
 
 wheel: venv  ## build dist/*.whl and dist/*.tar.gz
 	$(RUN) -m build --no-isolation

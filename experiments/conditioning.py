@@ -47,6 +47,7 @@ import tbrm_theory as tt
 from tbrm_theory.conditioning import spectrum
 from tbrm_theory.dynamic_programming import soft_policy
 from tbrm_theory.mdp import RegularizedMDP
+from tbrm_theory.program import run_program
 from tbrm_theory.results import Run
 from tbrm_theory.statistics import log_log_slope
 from tbrm_theory.training import exact_regret
@@ -264,16 +265,16 @@ def main(config: Config) -> int:
                     run.record({"cell": name} | part())
                     progress.advance(task)
     except KeyboardInterrupt:
-        console.print(f"interrupted; the same command goes on from {run.folder}")
+        console.print(f"interrupted; the same command goes on from {run.folder}", highlight=False, soft_wrap=True)
         return 130
     summary = summarise(run.rows(), config, time.perf_counter() - started)
+    run.finish(summary)  # before anything is printed, to a disk that may be full or a reader who may have gone
     console.print(table(summary))
-    run.finish(summary)
     for key in ("exponents", "steps_exponents", "unexpected", "verdict", "seconds"):
-        console.print(f"{key}: {summary[key]}", highlight=False)
-    console.print(f"results: {run.folder}", highlight=False)
+        console.print(f"{key}: {summary[key]}", highlight=False, soft_wrap=True)
+    console.print(f"results: {run.folder}", highlight=False, soft_wrap=True)
     return 0 if not summary["unexpected"] else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config, description=__doc__)))
+    sys.exit(run_program("conditioning", lambda: main(tyro.cli(Config, description=__doc__))))

@@ -35,6 +35,7 @@ from torch import Tensor
 import tbrm_theory as tt
 from tbrm_theory.claims.starting_points import THRESHOLD, bandit_scores
 from tbrm_theory.mdp import RegularizedMDP
+from tbrm_theory.program import run_program
 from tbrm_theory.results import Run
 from tbrm_theory.training import exact_regret
 
@@ -191,16 +192,16 @@ def main(config: Config) -> int:
                     run.record(basin(advantage, steps))
                 progress.advance(task)
     except KeyboardInterrupt:
-        console.print(f"interrupted; the same command goes on from {run.folder}")
+        console.print(f"interrupted; the same command goes on from {run.folder}", highlight=False, soft_wrap=True)
         return 130
     summary = summarise(run.rows(), time.perf_counter() - started)
+    run.finish(summary)  # before anything is printed, to a disk that may be full or a reader who may have gone
     console.print(table(summary))
-    run.finish(summary)
     for key, value in summary.items():
-        console.print(f"{key}: {value}", highlight=False)
-    console.print(f"results: {run.folder}", highlight=False)
+        console.print(f"{key}: {value}", highlight=False, soft_wrap=True)
+    console.print(f"results: {run.folder}", highlight=False, soft_wrap=True)
     return 0 if not summary["unexpected"] else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config, description=__doc__)))
+    sys.exit(run_program("frozen_value", lambda: main(tyro.cli(Config, description=__doc__))))

@@ -51,6 +51,7 @@ from tbrm_theory.named_behaviours import uniform
 from tbrm_theory.occupancy import occupancy
 from tbrm_theory.parametrisations import Tabular
 from tbrm_theory.population import noise_floor
+from tbrm_theory.program import run_program
 from tbrm_theory.results import Run
 from tbrm_theory.shapes import PerLayerStateAction
 from tbrm_theory.statistics import log_log_slope
@@ -271,17 +272,17 @@ def main(config: Config) -> int:
                     run.record(run_cell(family, noise, config))
                     progress.advance(task)
     except KeyboardInterrupt:
-        console.print(f"interrupted; the same command goes on from {run.folder}")
+        console.print(f"interrupted; the same command goes on from {run.folder}", highlight=False, soft_wrap=True)
         return 130
     rows = run.rows()
     summary = summarise(rows, time.perf_counter() - started)
+    run.finish(summary)  # before anything is printed, to a disk that may be full or a reader who may have gone
     console.print(table(rows))
-    run.finish(summary)
     for key, value in summary.items():
-        console.print(f"{key}: {value}", highlight=False)
-    console.print(f"results: {run.folder}", highlight=False)
+        console.print(f"{key}: {value}", highlight=False, soft_wrap=True)
+    console.print(f"results: {run.folder}", highlight=False, soft_wrap=True)
     return 0 if not summary["unexpected"] else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config, description=__doc__)))
+    sys.exit(run_program("transition_noise", lambda: main(tyro.cli(Config, description=__doc__))))

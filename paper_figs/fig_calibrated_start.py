@@ -6,17 +6,17 @@ is first extracted from that run's `metrics.jsonl`. Runs no experiment.
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
+import sys
 from typing import Any
 
 import matplotlib.pyplot as plt
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from table_figure import Options, rounded, write_figure
 
-HERE = Path(__file__).parent
+from tbrm_theory.program import run_program
+
 FLOOR = 1e-34
 """Where an exact zero is drawn."""
 COLOURS = {"tbrm": "#4477aa", "reval": "#ee6677"}
@@ -24,28 +24,9 @@ NAMES = {"tbrm": "TBRM", "reval": "ReVal"}
 STYLES = {"reference": "-", "uniform": "--"}
 
 
-@dataclass(frozen=True)
-class Options:
-    """Where to read and write."""
-
-    results: Path | None = None
-    """A run folder of experiments/calibrated_start.py, to extract the table from."""
-    data: Path = HERE / "data"
-    out: Path = HERE / "out"
-
-
-def extract(results: Path) -> list[dict[str, Any]]:
+def extract(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows that are drawn, to four digits."""
-
-    def short(value: Any) -> Any:
-        if isinstance(value, list):
-            return [short(entry) for entry in value]
-        if isinstance(value, dict):
-            return {name: short(entry) for name, entry in value.items()}
-        return float(f"{value:.4g}") if isinstance(value, float) else value
-
-    rows = map(json.loads, (results / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    return [short(row) for row in rows if not row["cell"].startswith("minimiser")]
+    return [rounded(cell, 4) for cell in cells if not cell["cell"].startswith("minimiser")]
 
 
 def draw(rows: list[dict[str, Any]]) -> Figure:
@@ -80,21 +61,12 @@ def _levels(axis: Axes, rows: list[dict[str, Any]]) -> None:
     axis.plot(values, [row["start_loss"]["reval"] for row in rows], "x", color=COLOURS["reval"], label="ReVal's: 0, 0")
     axis.set_yscale("symlog", linthresh=1e-4)
     axis.set(xlabel="V_ref(s_1)", ylabel="loss, or KL(π_θ ‖ π_ref)", title="(c) no reward, by the reference's level")
-    axis.legend(fontsize=8, loc="upper center")
+    axis.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1.0, 0.08))
 
 
-def main(options: Options) -> None:
-    table = options.data / "calibrated_start.json"
-    if options.results is not None:
-        options.data.mkdir(parents=True, exist_ok=True)
-        lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in extract(options.results))
-        table.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-    figure = draw(json.loads(table.read_text(encoding="utf-8")))
-    options.out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.out / "calibrated_start.pdf", metadata={"CreationDate": None})
-    figure.savefig(options.out / "calibrated_start.png", dpi=130)
-    print(f"{options.out / 'calibrated_start.png'}")
+def main(options: Options) -> int:
+    return write_figure("calibrated_start", options, extract, draw)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    sys.exit(run_program("fig_calibrated_start", lambda: main(tyro.cli(Options, description=__doc__))))

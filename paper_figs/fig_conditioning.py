@@ -6,17 +6,17 @@ extracted from that run's `metrics.jsonl`. Runs no experiment.
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
+import sys
 from typing import Any
 
 import matplotlib.pyplot as plt
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from table_figure import Options, rounded, write_figure
 
-HERE = Path(__file__).parent
+from tbrm_theory.program import run_program
+
 COLOURS = {"tbrm": "#4477aa", "brm": "#ee6677"}
 NAMES = {"tbrm": "TBRM", "brm": "BRM"}
 MARKERS = {"one-state": "o", "deterministic-tree": "s", "combination-lock": "^"}
@@ -28,30 +28,18 @@ PLACES = {
 SHADES = {0.0: 0.35, 0.5: 0.5, 1.0: 0.65, 2.0: 0.8, 4.0: 1.0}
 
 
-@dataclass(frozen=True)
-class Options:
-    """Where to read and write."""
-
-    results: Path | None = None
-    """A run folder of experiments/conditioning.py, to extract the table from."""
-    data: Path = HERE / "data"
-    out: Path = HERE / "out"
-
-
-def extract(results: Path) -> list[dict[str, Any]]:
-    """All condition numbers; of the runs, what the last panels draw: the longest horizon's curves, every tenth step."""
-    cells = list(map(json.loads, (results / "metrics.jsonl").read_text(encoding="utf-8").splitlines()))
+def extract(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All condition numbers; of the runs what is drawn: Adam's worst regrets, and curves at the longest horizon, every tenth step."""
     longest = max(cell["horizon"] for cell in cells if "runs" in cell)
     rows = []
     for cell in cells:
-        if "condition" in cell:
-            cell["condition"] = {name: float(f"{value:.6g}") for name, value in cell["condition"].items()}
+        if cell.get("optimiser") == "gd":
+            continue
         for run in cell.get("runs", {}).values():
             curve = run.pop("curve")
-            run["worst"] = float(f"{run['worst']:.4g}")
-            if cell["horizon"] == longest and cell["optimiser"] == "adam":
+            if cell["horizon"] == longest:
                 run["curve"] = curve[::10]
-        rows.append(cell)
+        rows.append(rounded(cell, 6))
     return rows
 
 
@@ -113,18 +101,9 @@ def _worst(axis: Axes, rows: list[dict[str, Any]]) -> None:
     axis.legend(fontsize=7)
 
 
-def main(options: Options) -> None:
-    table = options.data / "conditioning.json"
-    if options.results is not None:
-        options.data.mkdir(parents=True, exist_ok=True)
-        lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in extract(options.results))
-        table.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-    figure = draw(json.loads(table.read_text(encoding="utf-8")))
-    options.out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.out / "conditioning.pdf", metadata={"CreationDate": None})
-    figure.savefig(options.out / "conditioning.png", dpi=130)
-    print(f"{options.out / 'conditioning.png'}")
+def main(options: Options) -> int:
+    return write_figure("conditioning", options, extract, draw)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    sys.exit(run_program("fig_conditioning", lambda: main(tyro.cli(Options, description=__doc__))))

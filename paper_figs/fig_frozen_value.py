@@ -6,9 +6,7 @@ extracted from that run's `metrics.jsonl`. Runs no experiment.
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
+import sys
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -16,37 +14,19 @@ import numpy as np
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from table_figure import Options, rounded, write_figure
 
-HERE = Path(__file__).parent
+from tbrm_theory.program import run_program
+
 BLUE, RED = "#4477aa", "#ee6677"
 
 
-@dataclass(frozen=True)
-class Options:
-    """Where to read and write."""
-
-    results: Path | None = None
-    """A run folder of experiments/frozen_value.py, to extract the table from."""
-    data: Path = HERE / "data"
-    out: Path = HERE / "out"
-
-
-def extract(results: Path) -> list[dict[str, Any]]:
-    """The rows, paths cut to their end, to five digits."""
-
-    def short(value: Any) -> Any:
-        if isinstance(value, list):
-            return [short(entry) for entry in value]
-        if isinstance(value, dict):
-            return {name: short(entry) for name, entry in value.items()}
-        return float(f"{value:.8g}") if isinstance(value, float) else value
-
+def extract(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows to eight digits, of a path its end alone."""
     rows = []
-    for line in (results / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        if "path" in row:
-            row["reached"] = row.pop("path")[-1]
-        rows.append(short(row))
+    for cell in cells:
+        path = {"reached": cell["path"][-1]} if "path" in cell else {}
+        rows.append(rounded({key: value for key, value in cell.items() if key != "path"} | path, 8))
     return rows
 
 
@@ -96,18 +76,9 @@ def _basin(axis: Axes, rows: list[dict[str, Any]]) -> None:
     axis.figure.colorbar(image, ax=axis)
 
 
-def main(options: Options) -> None:
-    table = options.data / "frozen_value.json"
-    if options.results is not None:
-        options.data.mkdir(parents=True, exist_ok=True)
-        lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in extract(options.results))
-        table.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-    figure = draw(json.loads(table.read_text(encoding="utf-8")))
-    options.out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.out / "frozen_value.pdf", metadata={"CreationDate": None})
-    figure.savefig(options.out / "frozen_value.png", dpi=130)
-    print(f"{options.out / 'frozen_value.png'}")
+def main(options: Options) -> int:
+    return write_figure("frozen_value", options, extract, draw)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    sys.exit(run_program("fig_frozen_value", lambda: main(tyro.cli(Options, description=__doc__))))

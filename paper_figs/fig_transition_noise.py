@@ -6,17 +6,17 @@ is first extracted from that run's `metrics.jsonl`. Runs no experiment.
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
+import sys
 from typing import Any
 
 import matplotlib.pyplot as plt
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from table_figure import Options, rounded, write_figure
 
-HERE = Path(__file__).parent
+from tbrm_theory.program import run_program
+
 FLOOR = 1e-16
 """Where a regret that is 0 up to rounding is drawn."""
 COLOURS = {
@@ -33,27 +33,10 @@ METHODS = {
 }
 
 
-@dataclass(frozen=True)
-class Options:
-    """Where to read and write."""
-
-    results: Path | None = None
-    """A run folder of experiments/transition_noise.py, to extract the table from."""
-    data: Path = HERE / "data"
-    out: Path = HERE / "out"
-
-
-def extract(results: Path) -> list[dict[str, Any]]:
+def extract(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What is drawn of every cell, to four digits."""
     kept = ("family", "noise", "regret", "loss", "noise_floor", "worst_luck", "reference_regret")
-
-    def short(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: short(entry) for name, entry in value.items()}
-        return float(f"{value:.4g}") if isinstance(value, float) else value
-
-    cells = map(json.loads, (results / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    return [{key: short(cell[key]) for key in kept} for cell in cells]
+    return [rounded({key: cell[key] for key in kept}, 4) for cell in cells]
 
 
 def draw(rows: list[dict[str, Any]]) -> Figure:
@@ -116,18 +99,9 @@ def _saddles(axis: Axes, rows: list[dict[str, Any]]) -> None:
     axis.legend(fontsize=8, loc="center right")
 
 
-def main(options: Options) -> None:
-    table = options.data / "transition_noise.json"
-    if options.results is not None:
-        options.data.mkdir(parents=True, exist_ok=True)
-        lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in extract(options.results))
-        table.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-    figure = draw(json.loads(table.read_text(encoding="utf-8")))
-    options.out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.out / "transition_noise.pdf", metadata={"CreationDate": None})
-    figure.savefig(options.out / "transition_noise.png", dpi=130)
-    print(f"{options.out / 'transition_noise.png'}")
+def main(options: Options) -> int:
+    return write_figure("transition_noise", options, extract, draw)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    sys.exit(run_program("fig_transition_noise", lambda: main(tyro.cli(Options, description=__doc__))))

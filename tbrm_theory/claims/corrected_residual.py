@@ -134,11 +134,13 @@ def subtracting_the_variance_is_not_enough(case: Case) -> Comparison:
     """∇(L_μ - E_μ Σ_h Var V_θ(s_{h+1}))(θ*) = 2{d b [μ - π*] + π* E_μ[n_{h-1} 1{s_h=s}]}, in general not 0
 
     not even on data of π* itself, where TBRM is stationary (I7.e). For BRM the subtraction is exact; along a
-    trajectory the noise of one step meets the Bellman errors of later ones. One fresh next state beside the actual
-    one has half this slope. Left: autograd through ``population_loss`` and kernels' ``variance``. Right: sums over
-    all trajectories. *Proof.* With ``N = Σ_h n_h``, ``L - E ΣVar = E (f^c)² + 2E[f^c N]`` and ``E[f f^c] = E (f^c)² +
-    E[f^c N]``; at θ* the slope is that of the cross term, ``2E[N ∇f^c]``, with ``∂f^c/∂logit_h(s,a) = 1{s_h=s, a_h=a}
-    - P(s|s_{h-1},a_{h-1}) π*(a|s)`` and ``E[N P(s|s_{h-1},a_{h-1})] = E[Σ_{k<h-1} n_k 1{s_h=s}]``. ∎
+    trajectory the noise of one step meets the Bellman errors of later ones, and a large gauge (I8) in a later layer
+    leaves ``L_μ`` as it is and makes the variance, hence minus the difference, as large as one likes. One fresh next
+    state beside the actual one has half this slope. Left: autograd through ``population_loss`` and kernels'
+    ``variance``. Right: sums over all trajectories. *Proof.* With ``N = Σ_h n_h``, ``L - E ΣVar = E (f^c)² + 2E[f^c
+    N]`` and ``E[f f^c] = E (f^c)² + E[f^c N]``; at θ* the slope is that of the cross term, ``2E[N ∇f^c]``, with
+    ``∂f^c/∂logit_h(s,a) = 1{s_h=s, a_h=a} - P(s|s_{h-1},a_{h-1}) π*(a|s)`` and ``E[N P(s|s_{h-1},a_{h-1})] =
+    E[Σ_{k<h-1} n_k 1{s_h=s}]``. ∎
     """
     logits = leaves(case, case.solution.q)
     loss = population.population_loss(case.mdp, logits, case.log_behaviour)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tbrm_theory import control_variate, dynamic_programming, population
 from tbrm_theory.claims import by_hand
-from tbrm_theory.claims.cases import Case, case_of
+from tbrm_theory.claims.cases import Case, case_of, cases_in_turn
 from tbrm_theory.claims.comparison import Comparison
 from tbrm_theory.claims.identities import stochastic
 from tbrm_theory.claims.registry import claim
@@ -26,6 +26,8 @@ from tbrm_theory.transitions import DenseTransition
 __all__ = ["Lottery", "carried_noise", "lottery", "mean_next"]
 
 _MOST_PAIRS = 40  # of a Hessian
+_NOISY = ("dense-random", "garnet", "chain", "frozen-lake", "cliff-walking")
+"""The families that have stochastic transitions, some of the time."""
 
 
 # -- X2 ------------------------------------------------------------------------------------------------------------
@@ -78,7 +80,17 @@ def downhill(case: Case) -> str | None:
     return None if bool((slope > 1e-6).all()) else "stationary at θ*"
 
 
-@claim("X2.a", source="own", requires=[stochastic, values_differ, downhill])
+def _noisy(seed: int) -> Case:
+    usable = (stochastic, values_differ, downhill)
+    return next(c for c in cases_in_turn(seed, _NOISY) if not (c.too_large or any(why(c) for why in usable)))
+
+
+def _small_noisy(seed: int) -> Case:
+    usable = (stochastic, small_enough_for_a_hessian)
+    return next(c for c in cases_in_turn(seed, _NOISY) if not any(why(c) for why in usable))
+
+
+@claim("X2.a", source="own", requires=[stochastic, values_differ, downhill], problem=_noisy, problems=200)
 def optimum_is_no_minimum(case: Case) -> Comparison:
     """stochastic: min L_μ ≤ L_μ(θ*) - t‖∇L_μ(θ*)‖²/4 < L_μ(θ*) for some t > 0
 
@@ -145,7 +157,7 @@ def small_enough_for_a_hessian(case: Case) -> str | None:
     return None if pairs <= _MOST_PAIRS else f"more than {_MOST_PAIRS} pairs"
 
 
-@claim("X2.b", source="own", requires=[stochastic, small_enough_for_a_hessian])
+@claim("X2.b", source="own", requires=[stochastic, small_enough_for_a_hessian], problem=_small_noisy, problems=100)
 def optimum_may_be_a_saddle(case: Case) -> Comparison:
     """stochastic, data of π*: ½∇²L(θ*) is d_h(s)(1 - b_h(s))(diag π* - π*π*ᵀ) on each state of h ≥ 2
 
