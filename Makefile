@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 LATEST := results/toy_convergence/latest
 # Where the statements stop holding: experiments of theory.md's section 4.
-BOUNDARIES := mixture_data uncovered_actions coverage_horizon spurious_minima
+BOUNDARIES := spurious_minima mixture_data transition_noise uncovered_actions coverage_horizon frozen_value calibrated_start conditioning
 
 # Figures are files; no window is ever opened.
 export MPLBACKEND := Agg

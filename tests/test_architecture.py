@@ -54,6 +54,8 @@ FLOORS = {
     "policy_class": 3,
     "bounds": 3,
     "sample_bounds": 3,
+    "control_variate": 3,
+    "conditioning": 3,
     "parametrisations": 3,
     "objectives": 4,
     "optimisers": 4,

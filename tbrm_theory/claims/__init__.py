@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from tbrm_theory.claims import (
     convergence,
+    corrected_residual,
     counterexamples,
     coverage_growth,
     finite_sample,
@@ -17,11 +18,14 @@ from tbrm_theory.claims import (
     loss_identities,
     measure_change,
     mixture_data,
+    noisy_transitions,
+    outcome_reward,
     own,
     rates,
     regret_bounds,
     residual_identities,
     sample_minimisers,
+    starting_points,
     uncovered_actions,
 )
 from tbrm_theory.claims.cases import Case, make_case
@@ -57,6 +61,10 @@ REGISTERED_IN = (
     mixture_data,
     uncovered_actions,
     coverage_growth,
+    noisy_transitions,
+    starting_points,
+    outcome_reward,
+    corrected_residual,
     own,
 )
 """The modules whose import adds claims to :data:`CLAIMS`."""

@@ -9,9 +9,10 @@ dimension of :data:`DRAWS`: the first draw is smooth, the second peaked.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import count
 from typing import Any
 
 import torch
@@ -28,7 +29,17 @@ from tbrm_theory.scores import table_scores
 from tbrm_theory.shapes import PerLayerState, PerLayerStateAction
 from tbrm_theory.trajectories import TrajectoryBatch
 
-__all__ = ["DRAWS", "MOST_TRAJECTORIES", "Case", "case_of", "check_family", "file_case", "make_case", "small_options"]
+__all__ = [
+    "DRAWS",
+    "MOST_TRAJECTORIES",
+    "Case",
+    "case_of",
+    "cases_in_turn",
+    "check_family",
+    "file_case",
+    "make_case",
+    "small_options",
+]
 
 DRAWS = 2
 """Policies, logits and functions in a case."""
@@ -169,6 +180,15 @@ def make_case(family: str, seed: int) -> Case:
 def check_family(name: str) -> None:
     if name not in FAMILIES:
         raise InvalidInputError("families", f"unknown family {name!r}; expected one of {', '.join(FAMILIES)}")
+
+
+def cases_in_turn(seed: int, families: Sequence[str] = tuple(FAMILIES)) -> Iterator[Case]:
+    """A case of the family whose turn it is at this seed, then of the next ones; different for seeds below 1000.
+
+    For a claim that takes the first that it can use for its problem.
+    """
+    for turn in count():
+        yield make_case(families[(seed + turn) % len(families)], seed + 1000 * turn)
 
 
 def case_of(mdp: RegularizedMDP, family: str, seed: int) -> Case:
