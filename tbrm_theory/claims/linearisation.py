@@ -17,7 +17,7 @@ from tbrm_theory.claims import by_hand
 from tbrm_theory.claims.cases import Case
 from tbrm_theory.claims.comparison import Comparison
 from tbrm_theory.claims.identities import deterministic
-from tbrm_theory.claims.measure_change import few_pairs
+from tbrm_theory.claims.measure_change import few_pairs, few_trajectories
 from tbrm_theory.claims.registry import claim
 from tbrm_theory.claims.residual_identities import terms
 from tbrm_theory.shapes import PerLayerStateAction
@@ -85,7 +85,7 @@ def noisy_returns(case: Case) -> NoisyReturns:
     return NoisyReturns(objective, weights, target + case.listed.sum_along(case.mdp.log_reference))
 
 
-@claim("I14.c", source="own", requires=[deterministic, few_pairs])
+@claim("I14.c", source="own", requires=[deterministic, few_pairs, few_trajectories])
 def tbrm_is_least_squares(case: Case) -> Comparison:
     """deterministic, any data and returns: min_θ L(θ) = min_g Σ_τ w (y/β + log π_ref - Σ_h g_h)²
 
@@ -99,7 +99,7 @@ def tbrm_is_least_squares(case: Case) -> Comparison:
     return Comparison(left, right, _square_size(data), 4 * case.sweep + 2 * case.listing + _operations(case))
 
 
-@claim("I14.d", source="own", requires=[deterministic, few_pairs])
+@claim("I14.d", source="own", requires=[deterministic, few_pairs, few_trajectories])
 def least_squares_is_global(case: Case) -> Comparison:
     """… and it is a global minimum: L(θ) = min L + Σ_τ w (fit - V_θ - log π_θ)² for every θ
 

@@ -20,8 +20,9 @@ from tbrm_theory.mdp import RegularizedMDP
 from tbrm_theory.shapes import PerLayerStateAction
 from tbrm_theory.transitions import DeterministicTransition
 
-__all__ = ["few_pairs", "sharp_family", "tree"]
+__all__ = ["MOST_PAIRS", "few_pairs", "few_trajectories", "sharp_family", "tree"]
 
+MOST_LISTED = 500
 MOST_PAIRS, MOST_VISITED = 400, 150
 """Pairs of a problem, and of its trajectories, whose moment matrices are decomposed hundreds of times."""
 
@@ -46,6 +47,11 @@ def few_pairs(case: Case) -> str | None:
     if sum(table.numel() for table in case.mdp.reference) > MOST_PAIRS:
         return f"more than {MOST_PAIRS} pairs"
     return None if len(by_hand.visited(case)[1]) <= MOST_VISITED else f"more than {MOST_VISITED} pairs visited"
+
+
+def few_trajectories(case: Case) -> str | None:
+    """Data that are a law on all trajectories, or a row of a dense matrix for each."""
+    return None if len(case.listed.states) <= MOST_LISTED else f"more than {MOST_LISTED} trajectories"
 
 
 def _law(case: Case, log_policy: PerLayerStateAction) -> Tensor:

@@ -19,7 +19,7 @@ from tbrm_theory.claims import by_hand
 from tbrm_theory.claims.cases import Case, case_of
 from tbrm_theory.claims.comparison import Comparison
 from tbrm_theory.claims.identities import deterministic
-from tbrm_theory.claims.measure_change import MOST_PAIRS, few_pairs, tree
+from tbrm_theory.claims.measure_change import MOST_PAIRS, few_pairs, few_trajectories, tree
 from tbrm_theory.claims.registry import claim
 from tbrm_theory.claims.residual_identities import terms
 from tbrm_theory.mdp import RegularizedMDP
@@ -96,14 +96,6 @@ def theorem_2_centred(case: Case) -> Comparison:
     Left: the regret over all trajectories. Right: ``theorem2_centred``, whose docstring has the proof.
     """
     return _bound(case, bounds.theorem2_centred(case.mdp, case.logits, case.log_behaviour))
-
-
-MOST_LISTED = 300
-"""Trajectories of a problem whose data are a law on all of them."""
-
-
-def few_trajectories(case: Case) -> str | None:
-    return None if len(case.listed.states) <= MOST_LISTED else f"more than {MOST_LISTED} trajectories"
 
 
 @claim("B5.c", source="own", requires=[deterministic, few_pairs, few_trajectories])
