@@ -13,11 +13,13 @@ Two parts.
   layer's policy has gone a tenth of its way.
 
 What comes out. (1) Plain condition numbers blame both losses on trees; a unit diagonal takes away TBRM's dependence on H and
-leaves BRM's H². (2) That slows plain gradient descent on BRM, where the reward moves one layer a step (X7.d), but from calibrated
-logits BRM with Adam is as fast as TBRM and never gets worse: conditioning and propagation are no collapse. (3) From raw logits
-BRM gets worse first, the more so the larger the spread, and does not recover in time; TBRM does not notice. BRM takes `c(s_h) -
-c(s_{h+1})` for a reward in every step, of which TBRM sees `c(s_1)` alone (I8): the same start, problem, data and optimiser, and
-only the gauge changed.
+leaves BRM's H². (2) That slows plain gradient descent on BRM, where the reward moves one layer a step (X7.d). But from calibrated
+logits BRM with Adam never gets worse, and on data of π_ref it is about as fast as TBRM; on data of the current policy TBRM's
+steps stop growing with H, BRM's do not. So conditioning and propagation are slowness, no collapse. (3) From raw logits BRM gets
+worse first, the more so the larger the spread, and does not recover in time; TBRM hardly notices. BRM takes `c(s_h) - c(s_{h+1})`
+for a reward in every step, of which TBRM sees `c(s_1)` alone (I8): the same problem, policy, data and optimiser, and only the
+gauge changed. That a language model's V_ref(s) is raw in this sense is what makes it a candidate for [Y] App. H.3; nothing here
+is a run of a language model.
 
 summary.json: `condition` (by family and H: TBRM, BRM, both scaled), `exponents` (slope of BRM's against H on one state per layer,
 H ≥ 4, with a 95 % interval; TBRM's do not depend on H), `steps_exponents` (slope of the steps to a tenth against H, calibrated,
