@@ -18,7 +18,7 @@ from torch import Tensor
 from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.mdp import RegularizedMDP
 from tbrm_theory.shapes import NextStateTable, PerLayerState, PerLayerStateAction, StateActionTable
-from tbrm_theory.tables import check_finite, check_layers, safe_log, side_by_side
+from tbrm_theory.tables import check_layers, first_index, safe_log, side_by_side
 from tbrm_theory.transitions import SparseTransition, Transition
 
 __all__ = [
@@ -118,7 +118,9 @@ def tables_on_support(
     check_layers(tables, mdp.reference, where)
     kept = tuple(torch.where(log > -torch.inf, table, 0.0) for table, log in zip(tables, log_policy, strict=True))
     for h, table in enumerate(kept):
-        check_finite(table, f"{where}[{h}]")
+        infinite = table.isinf()
+        if bool(infinite.any()):
+            raise InvalidInputError(f"{where}[{h}]{first_index(infinite)}", "expected a finite number")
     return kept
 
 

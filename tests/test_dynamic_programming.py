@@ -595,7 +595,7 @@ NAN, INF = math.nan, math.inf
         ([[[0.5, 0.5]], [[0.5, 0.5], [0.5, 0.5]]], "policy[1]", "found (2, 2)"),
         ([[[0.5, 0.4]], [[1.0, 0.0]]], "policy[0][0]", "found the sum 0.9"),
         ([[[0.5, 0.5]], [[0.0, 0.0]]], "policy[1][0]", "found the sum 0.0"),
-        ([[[0.5, 0.5]], [[NAN, 1.0]]], "policy[1][0]", "found the sum nan"),
+        ([[[0.5, 0.5]], [[NAN, 1.0]]], "policy[1][0][0]", "expected a number, found nan"),
         ([[[0.5, 0.5]], [[INF, 0.0]]], "policy[1][0]", "found the sum inf"),
         ([[[0.5, 0.5 + 1e-8]], [[1.0, 0.0]]], "policy[0][0]", "found the sum 1.00000001"),
     ],

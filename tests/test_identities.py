@@ -454,6 +454,8 @@ def test_every_claim_holds_on_every_problem_it_admits(mdp: RegularizedMDP, seed:
     """Rounding bounds included, at every temperature: an error beyond one would be a violation."""
     case = case_of(mdp, "generated", seed)
     for claim in CLAIMS.values():
+        if claim.problem is not None:  # about problems of its own
+            continue
         refused = claim.requires(case)
         event(f"{claim.id} {'refused' if refused else 'checked'}")
         if refused is None:

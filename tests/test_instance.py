@@ -295,7 +295,7 @@ def test_malformed_parts_are_refused_by_name(tmp_path: Path) -> None:
         ),
         (
             {"policies": {"a b": replaced(1, nan)}},
-            r'^policies\["a b"\]\[1\]\[0\]: expected log-probabilities',
+            r'^policies\["a b"\]\[1\]\[0\]\[0\]: expected a number, found nan',
         ),
         (
             {"policies": {"mu": replaced(1, policy[1][None])}},
