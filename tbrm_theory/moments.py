@@ -11,6 +11,7 @@ a constant can be moved between layers (I8), and its entries span hundreds of or
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeAlias
@@ -48,10 +49,15 @@ class MomentForm:
 
     log_matrix: Matrix
     """``log M``; ``-inf`` exactly where no trajectory has both pairs."""
-    log_even: Matrix
-    """The same for even mass."""
+    even_mass: Callable[[], Matrix]
+    """Makes :attr:`log_even`, which not every question needs."""
     markov: bool
     """Whether the law is that of one Markov policy: then whatever lives on its pairs is in range (I12)."""
+
+    @cached_property
+    def log_even(self) -> Matrix:
+        """``log M`` for even mass."""
+        return self.even_mass()
 
     @cached_property
     def log_mass(self) -> Float[Tensor, "... pairs"]:
@@ -116,14 +122,15 @@ def moment_form(mdp: RegularizedMDP, behaviour: Behaviour) -> MomentForm:
         listed = enumerate_trajectories(mdp)
         law = behaviour.log_law(mdp, listed)
         even = torch.where(law > -torch.inf, torch.zeros_like(law), -torch.inf)
-        return MomentForm(_log_moments(mdp, listed, law), _log_moments(mdp, listed, even), markov=False)
+        return MomentForm(_log_moments(mdp, listed, law), lambda: _log_moments(mdp, listed, even), markov=False)
     parts = [(weight, policy) for weight, policy in behaviour.components if weight > 0]
-    even_mdp = _evenly(mdp)
-    return MomentForm(
-        _mixed([(weight, log_moment_matrix(mdp, policy)) for weight, policy in parts]),
-        _mixed([(1 / len(parts), log_moment_matrix(even_mdp, _even_policy(policy))) for _, policy in parts]),
-        markov=len(parts) == 1,
-    )
+
+    def even_mass() -> Matrix:
+        evenly = _evenly(mdp)
+        return _mixed([(1 / len(parts), log_moment_matrix(evenly, _even_policy(policy))) for _, policy in parts])
+
+    exact = _mixed([(weight, log_moment_matrix(mdp, policy)) for weight, policy in parts])
+    return MomentForm(exact, even_mass, markov=len(parts) == 1)
 
 
 def largest_mean_square(form: MomentForm, log_mean: PerLayerStateAction) -> Scalars:
