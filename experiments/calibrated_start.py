@@ -19,28 +19,25 @@ if a loss at the start is not as X6 says, TBRM rests or ReVal moves without rewa
 from __future__ import annotations
 
 import sys
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
 import tbrm_theory as tt
 from tbrm_theory.behaviours import MarkovBehaviour
 from tbrm_theory.dynamic_programming import kl_to_reference, soft_policy, soft_value
+from tbrm_theory.experiment import run_experiment
 from tbrm_theory.mdp import RegularizedMDP
 from tbrm_theory.named_behaviours import uniform
 from tbrm_theory.objectives import PopulationObjective
 from tbrm_theory.optimisers import levenberg_marquardt
 from tbrm_theory.parametrisations import Tabular
 from tbrm_theory.program import run_program
-from tbrm_theory.results import Run
 from tbrm_theory.shapes import PerLayerStateAction
 from tbrm_theory.training import exact_regret
 
@@ -138,7 +135,6 @@ def minimiser(config: Config, method: str, data: str) -> dict[str, Any]:
     value: Tensor = soft_value(logits[0]) + shift
     expected = config.value if method == "reval" else 0.0
     return {
-        "cell": f"minimiser/{method}/{data}",
         "kl": kl_to_reference(mdp, tuple(soft_policy(table) for table in logits)).item(),
         "value": value.tolist(),
         "value_error": (value - expected).abs().max().item(),
@@ -222,33 +218,9 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def main(config: Config) -> int:
-    started = time.perf_counter()
-    console = Console(width=None if sys.stdout.isatty() else 160)
     if config.horizon < 2 or 0.0 in config.values or config.value == 0:
         raise tt.InvalidInputError("values", "expected values other than 0 and at least two layers")
-    recorded = {key: value for key, value in asdict(config).items() if key != "results"}
-    run = Run.open("calibrated_start", recorded, root=config.results)
-    done = {row["cell"] for row in run.rows()}
-    parts = cells(config)
-    try:
-        with Progress(console=console, transient=True) as progress:
-            task = progress.add_task("cells", total=len(parts), completed=len(done))
-            for name, part in parts.items():
-                if name not in done:
-                    progress.update(task, description=name)
-                    run.record({"cell": name} | part())
-                    progress.advance(task)
-    except KeyboardInterrupt:
-        console.print(f"interrupted; the same command goes on from {run.folder}", highlight=False, soft_wrap=True)
-        return 130
-    rows = run.rows()
-    summary = summarise(rows, time.perf_counter() - started)
-    run.finish(summary)  # before anything is printed, to a disk that may be full or a reader who may have gone
-    console.print(table(rows))
-    for key, value in summary.items():
-        console.print(f"{key}: {value}", highlight=False, soft_wrap=True)
-    console.print(f"results: {run.folder}", highlight=False, soft_wrap=True)
-    return 0 if not summary["unexpected"] else 1
+    return run_experiment("calibrated_start", config, cells(config), summarise, lambda rows, _: [table(rows)])
 
 
 if __name__ == "__main__":

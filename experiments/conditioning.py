@@ -33,24 +33,21 @@ with Adam and the largest spread BRM's regret does not grow by a fifth, or TBRM'
 from __future__ import annotations
 
 import sys
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
 import tbrm_theory as tt
 from tbrm_theory.conditioning import spectrum
 from tbrm_theory.dynamic_programming import soft_policy
+from tbrm_theory.experiment import run_experiment
 from tbrm_theory.mdp import RegularizedMDP
 from tbrm_theory.program import run_program
-from tbrm_theory.results import Run
 from tbrm_theory.statistics import log_log_slope
 from tbrm_theory.training import exact_regret
 from tbrm_theory.transitions import DeterministicTransition
@@ -238,16 +235,8 @@ def table(summary: dict[str, Any]) -> Table:
     return view
 
 
-def main(config: Config) -> int:
-    started = time.perf_counter()
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    if len(set(config.horizons)) < 3 or min(config.horizons) < 2:
-        raise tt.InvalidInputError("horizons", "expected at least three, each at least 2")
-    if config.spreads[0] != 0 or len(config.spreads) < 2:
-        raise tt.InvalidInputError("spreads", "expected 0 first, and another")
-    recorded = {key: value for key, value in asdict(config).items() if key != "results"}
-    run = Run.open("conditioning", recorded, root=config.results)
-    done = {row["cell"] for row in run.rows()}
+def cells(config: Config) -> dict[str, Any]:
+    """Every part of the experiment by name, as a function without arguments."""
     parts: dict[str, Any] = {
         f"condition/{family}/{h}": lambda f=family, h=h: condition(f, h)
         for family in HORIZONS
@@ -258,24 +247,22 @@ def main(config: Config) -> int:
             for optimiser in OPTIMISERS:
                 name = f"train/{horizon}/{loss}/{optimiser}"
                 parts[name] = lambda h=horizon, n=loss, o=optimiser: train(h, n, o, config)
-    try:
-        with Progress(console=console, transient=True) as progress:
-            task = progress.add_task("cells", total=len(parts), completed=len(done))
-            for name, part in parts.items():
-                if name not in done:
-                    progress.update(task, description=name)
-                    run.record({"cell": name} | part())
-                    progress.advance(task)
-    except KeyboardInterrupt:
-        console.print(f"interrupted; the same command goes on from {run.folder}", highlight=False, soft_wrap=True)
-        return 130
-    summary = summarise(run.rows(), config, time.perf_counter() - started)
-    run.finish(summary)  # before anything is printed, to a disk that may be full or a reader who may have gone
-    console.print(table(summary))
-    for key in ("exponents", "steps_exponents", "unexpected", "verdict", "seconds"):
-        console.print(f"{key}: {summary[key]}", highlight=False, soft_wrap=True)
-    console.print(f"results: {run.folder}", highlight=False, soft_wrap=True)
-    return 0 if not summary["unexpected"] else 1
+    return parts
+
+
+def main(config: Config) -> int:
+    if len(set(config.horizons)) < 3 or min(config.horizons) < 2:
+        raise tt.InvalidInputError("horizons", "expected at least three, each at least 2")
+    if config.spreads[0] != 0 or len(config.spreads) < 2:
+        raise tt.InvalidInputError("spreads", "expected 0 first, and another")
+    return run_experiment(
+        "conditioning",
+        config,
+        cells(config),
+        lambda rows, seconds: summarise(rows, config, seconds),
+        lambda _, summary: [table(summary)],
+        in_tables=("condition", "steps", "worst", "first_layer"),
+    )
 
 
 if __name__ == "__main__":

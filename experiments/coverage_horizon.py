@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,8 +26,6 @@ from typing import Any
 
 import numpy as np
 import tyro
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from tbrm_theory import coverage
@@ -43,8 +40,9 @@ from tbrm_theory.claims.coverage_growth import (
     step,
     tree,
 )
+from tbrm_theory.experiment import run_experiment
 from tbrm_theory.moments import moment_form
-from tbrm_theory.results import Run
+from tbrm_theory.program import run_program
 from tbrm_theory.statistics import log_log_slope
 
 LARGEST_TREE, MOST_PAIRS, ERROR = 10, 60, 1e-11
@@ -139,7 +137,7 @@ def run_cell(cell: Cell, longest: int) -> dict[str, Any]:
         for x, y, k in zip(columns["solved"], formulas["kappa"], columns["condition"], strict=True)
         if x is not None and k is not None
     ]
-    row = {"cell": cell.name, **asdict(cell), "horizon": horizons, **formulas, **columns}
+    row = {**asdict(cell), "horizon": horizons, **formulas, **columns}
     row |= {"error_closed": max(errors), "error_solved": max(solved_errors, default=0.0)}
     return row | {"slope": slope(row), "verdict": verdict(row)}
 
@@ -194,27 +192,9 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def main(config: Config) -> int:
-    started = time.perf_counter()
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    recorded = {key: value for key, value in asdict(config).items() if key != "results"}
-    run = Run.open("coverage_horizon", recorded, root=config.results)
-    done = {row["cell"] for row in run.rows()}
-    wanted = [cell for cell in cells(config) if cell.name not in done]
-    try:
-        for cell in track(wanted, description="problems", console=console, transient=True):
-            run.record(run_cell(cell, config.longest))
-    except KeyboardInterrupt:
-        console.print(f"interrupted; the same command goes on from {run.folder}")
-        return 130
-    rows = run.rows()
-    summary = summarise(rows, time.perf_counter() - started)
-    console.print(table(rows))
-    run.finish(summary)
-    for key, value in summary.items():
-        console.print(f"{key}: {value}", highlight=False)
-    console.print(f"results: {run.folder}", highlight=False)
-    return 0 if not summary["unexpected"] else 1
+    made = {cell.name: lambda cell=cell: run_cell(cell, config.longest) for cell in cells(config)}
+    return run_experiment("coverage_horizon", config, made, summarise, lambda rows, _: [table(rows)])
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config, description=__doc__)))
+    sys.exit(run_program("coverage_horizon", lambda: main(tyro.cli(Config, description=__doc__))))

@@ -20,23 +20,22 @@ cells), `unexpected`, `verdict`, `seconds`. Exit status 1 if a number of the pap
 from __future__ import annotations
 
 import sys
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
 import tbrm_theory as tt
 from tbrm_theory.claims.starting_points import THRESHOLD, bandit_scores
+from tbrm_theory.experiment import run_experiment
 from tbrm_theory.mdp import RegularizedMDP
 from tbrm_theory.program import run_program
-from tbrm_theory.results import Run
 from tbrm_theory.training import exact_regret
 
 PRINTED = {
@@ -91,7 +90,7 @@ def paper() -> dict[str, Any]:
         scores[f"{prefix}TBRM (10,0)"] = free[1]
     mdp, points = tt.make("two-armed-bandit", advantage=10.0), torch.tensor(LANDSCAPE, dtype=torch.float64)
     landscape = {loss: bandit_scores(mdp, line(points), loss).tolist() for loss in ("tbrm-iterative", "tbrm")}
-    return {"cell": "paper", "scores": scores, "points": LANDSCAPE, "landscape": landscape}
+    return {"scores": scores, "points": LANDSCAPE, "landscape": landscape}
 
 
 def threshold() -> dict[str, Any]:
@@ -108,7 +107,6 @@ def threshold() -> dict[str, Any]:
     grid = [0.1 * i for i in range(1, 61)]
     kept_curve, moved_curve = zip(*map(scores, grid), strict=True)
     return {
-        "cell": "threshold",
         "threshold": low,
         "advantage": grid,
         "kept": list(kept_curve),
@@ -125,7 +123,6 @@ def basin(advantage: float, steps: int) -> dict[str, Any]:
     best = int(bandit_scores(mdp, line(points), "tbrm").argmin())
     regrets = exact_regret(mdp, line(points[[0, path[-1], best]]), solution).tolist()
     return {
-        "cell": f"basin/{advantage:g}/{steps}",
         "advantage": advantage,
         "steps": steps,
         "path": [points[i].item() for i in path],
@@ -173,34 +170,12 @@ def table(summary: dict[str, Any]) -> Table:
 
 
 def main(config: Config) -> int:
-    started = time.perf_counter()
-    console = Console(width=None if sys.stdout.isatty() else 160)
     if not config.advantages or min(config.advantages) <= 0 or min(config.steps, default=0) < 1:
         raise tt.InvalidInputError("advantages", "expected positive numbers, and at least one step")
-    recorded = {key: value for key, value in asdict(config).items() if key != "results"}
-    run = Run.open("frozen_value", recorded, root=config.results)
-    done = {row["cell"] for row in run.rows()}
-    for name, part in (("paper", paper), ("threshold", threshold)):
-        if name not in done:
-            run.record(part())
-    wanted = [(advantage, steps) for advantage in config.advantages for steps in config.steps]
-    try:
-        with Progress(console=console, transient=True) as progress:
-            task = progress.add_task("classes", total=len(wanted))
-            for advantage, steps in wanted:
-                if f"basin/{advantage:g}/{steps}" not in done:
-                    run.record(basin(advantage, steps))
-                progress.advance(task)
-    except KeyboardInterrupt:
-        console.print(f"interrupted; the same command goes on from {run.folder}", highlight=False, soft_wrap=True)
-        return 130
-    summary = summarise(run.rows(), time.perf_counter() - started)
-    run.finish(summary)  # before anything is printed, to a disk that may be full or a reader who may have gone
-    console.print(table(summary))
-    for key, value in summary.items():
-        console.print(f"{key}: {value}", highlight=False, soft_wrap=True)
-    console.print(f"results: {run.folder}", highlight=False, soft_wrap=True)
-    return 0 if not summary["unexpected"] else 1
+    made: dict[str, Any] = {"paper": paper, "threshold": threshold}
+    for advantage, steps in product(config.advantages, config.steps):
+        made[f"basin/{advantage:g}/{steps}"] = partial(basin, advantage, steps)
+    return run_experiment("frozen_value", config, made, summarise, lambda _, summary: [table(summary)])
 
 
 if __name__ == "__main__":

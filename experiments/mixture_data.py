@@ -23,17 +23,16 @@ from __future__ import annotations
 
 import math
 import sys
-import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import tyro
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
@@ -43,6 +42,7 @@ from tbrm_theory.behaviours import Behaviour, MixtureBehaviour
 from tbrm_theory.claims.exact_moments import exact_kappa
 from tbrm_theory.claims.mixture_data import MixtureProblem, flipped, flipped_kappa, harmonic_bound
 from tbrm_theory.dynamic_programming import soft_policy, solve
+from tbrm_theory.experiment import run_experiment
 from tbrm_theory.mdp import RegularizedMDP
 from tbrm_theory.moments import moment_form
 from tbrm_theory.named_behaviours import replay_of_deterministic
@@ -51,8 +51,8 @@ from tbrm_theory.occupancy import enumerate_trajectories, log_occupancy
 from tbrm_theory.optimisers import lbfgs, least_squares_plan, levenberg_marquardt
 from tbrm_theory.parametrisations import Tabular
 from tbrm_theory.population import population_loss, soft_plan
+from tbrm_theory.program import run_program
 from tbrm_theory.random_tables import seeded
-from tbrm_theory.results import Run
 from tbrm_theory.shapes import PerLayerStateAction
 from tbrm_theory.statistics import binomial_interval
 from tbrm_theory.tables import safe_log
@@ -364,34 +364,25 @@ def cells(config: Config) -> dict[str, tuple[str, Any]]:
 
 
 def main(config: Config) -> int:
-    started = time.perf_counter()
-    console = Console(width=None if sys.stdout.isatty() else 170)
-    recorded = {key: value for key, value in asdict(config).items() if key != "results"}
-    run = Run.open("mixture_data", recorded, root=config.results)
-    done = {row["cell"] for row in run.rows()}
-    wanted = [(name, *cell) for name, cell in cells(config).items() if name not in done]
-    try:
-        for name, kind, make_row in track(wanted, description="data", console=console, transient=True):
-            row = {"cell": name, "kind": kind} | make_row()
-            run.record(row | {"verdict": verdict(row)})
-    except KeyboardInterrupt:
-        console.print(f"interrupted; the same command goes on from {run.folder}")
-        return 130
-    rows = [_with_infinities(row) for row in run.rows()]
-    summary = summarise(rows, time.perf_counter() - started)
-    for view in tables(rows):
-        console.print(view)
-    run.finish(summary)
-    for key, value in summary.items():
-        if key not in ("lemma1_fails", "corollary6_fails", "tightness"):  # in the table
-            console.print(f"{key}: {value}", highlight=False)
-    console.print(f"results: {run.folder}", highlight=False)
-    return 0 if not summary["unexpected"] else 1
+    def made(kind: str, make_row: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        row = {"kind": kind} | make_row()
+        return row | {"verdict": verdict(row)}
+
+    return run_experiment(
+        "mixture_data",
+        config,
+        {name: partial(made, *cell) for name, cell in cells(config).items()},
+        lambda rows, seconds: summarise(_with_infinities(rows), seconds),
+        lambda rows, _: tables(_with_infinities(rows)),
+        in_tables=("lemma1_fails", "corollary6_fails", "tightness"),
+    )
 
 
-def _with_infinities(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: math.inf if value == "inf" and key != "fraction" else value for key, value in row.items()}
+def _with_infinities(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {key: math.inf if value == "inf" and key != "fraction" else value for key, value in row.items()} for row in rows
+    ]
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config, description=__doc__)))
+    sys.exit(run_program("mixture_data", lambda: main(tyro.cli(Config, description=__doc__))))

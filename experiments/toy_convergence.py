@@ -24,19 +24,19 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
 import tbrm_theory as tt
 from tbrm_theory.behaviours import MarkovBehaviour
 from tbrm_theory.dynamic_programming import Solution
+from tbrm_theory.experiment import run_experiment
 from tbrm_theory.mdp import RegularizedMDP
 from tbrm_theory.named_behaviours import BEHAVIOURS
 from tbrm_theory.objectives import Objective, PopulationObjective, SampleObjective
@@ -45,7 +45,6 @@ from tbrm_theory.optimisers import least_squares_plan, levenberg_marquardt
 from tbrm_theory.parametrisations import Tabular
 from tbrm_theory.population import noise_floor
 from tbrm_theory.program import run_program
-from tbrm_theory.results import Run
 from tbrm_theory.training import FitConfig, exact_regret, fit
 from tbrm_theory.trajectories import TrajectoryBatch, sample_trajectories
 
@@ -168,7 +167,7 @@ def run_cell(cell: Cell, config: Config) -> dict[str, Any]:
         row = _least_squares(mdp, solution)
     else:
         row = _second_order(cell, config, mdp, solution)
-    row |= {"cell": cell.name, **asdict(cell), "reference_gap": tt.regret(mdp, mdp.log_reference).item()}
+    row |= {**asdict(cell), "reference_gap": tt.regret(mdp, mdp.log_reference).item()}
     row["verdict"] = verdict(row)
     row["seconds"] = round(time.perf_counter() - started, 2)
     return row
@@ -306,31 +305,15 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def main(config: Config) -> int:
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    recorded = {key: value for key, value in asdict(config).items() if key != "results"}
-    run = Run.open("toy_convergence", recorded, root=config.results)
     wanted = [cell for cell in cells(config) if not config.families or cell.family in config.families]
-    done = {row["cell"] for row in run.rows()}
-    try:
-        with Progress(console=console, transient=True) as progress:
-            task = progress.add_task("cells", total=len(wanted), completed=len(done))
-            for cell in wanted:
-                if cell.name not in done:
-                    progress.update(task, description=cell.name)
-                    run.record(run_cell(cell, config))
-                    progress.advance(task)
-    except KeyboardInterrupt:
-        console.print(f"interrupted; the same command goes on from {run.folder}", highlight=False, soft_wrap=True)
-        return 130
-    rows = run.rows()
     least = 0 if config.families else LEAST_POSITIVE
-    summary = summarise(rows, sum(row["seconds"] for row in rows), least_positive=least)
-    run.finish(summary)  # before anything is printed, to a disk that may be full or a reader who may have gone
-    console.print(table(rows))
-    for key, value in summary.items():
-        console.print(f"{key}: {value}", highlight=False, soft_wrap=True)
-    console.print(f"results: {run.folder}", highlight=False, soft_wrap=True)
-    return 0 if not summary["unexpected"] else 1
+    return run_experiment(
+        "toy_convergence",
+        config,
+        {cell.name: partial(run_cell, cell, config) for cell in wanted},
+        lambda rows, _: summarise(rows, sum(row["seconds"] for row in rows), least_positive=least),
+        lambda rows, _: [table(rows)],
+    )
 
 
 if __name__ == "__main__":

@@ -30,7 +30,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +40,19 @@ import numpy as np
 import scipy.optimize
 import torch
 import tyro
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
 import tbrm_theory as tt
 from tbrm_theory.control_variate import corrected_loss, noise_before
 from tbrm_theory.dynamic_programming import soft_value
+from tbrm_theory.experiment import run_experiment
 from tbrm_theory.mdp import RegularizedMDP
 from tbrm_theory.named_behaviours import uniform
 from tbrm_theory.occupancy import occupancy
 from tbrm_theory.parametrisations import Tabular
 from tbrm_theory.population import noise_floor
 from tbrm_theory.program import run_program
-from tbrm_theory.results import Run
 from tbrm_theory.shapes import PerLayerStateAction
 from tbrm_theory.statistics import log_log_slope
 from tbrm_theory.training import exact_regret
@@ -178,7 +178,6 @@ def run_cell(family: str, noise: float, config: Config) -> dict[str, Any]:
         "optimal data": minimise(mdp, lambda q: tt.population_loss(mdp, q, solution.log_policy), beside),
     }
     return {
-        "cell": f"{family}/{noise}",
         "family": family,
         "noise": noise,
         "regret": {name: exact_regret(mdp, logits, solution).item() for name, (logits, _) in found.items()},
@@ -254,34 +253,12 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def main(config: Config) -> int:
-    started = time.perf_counter()
-    console = Console(width=None if sys.stdout.isatty() else 160)
     unknown = [family for family in config.families if family not in FAMILIES]
     if unknown or not config.families:
         raise tt.InvalidInputError("families", f"expected some of {', '.join(FAMILIES)}, found {', '.join(unknown)}")
-    recorded = {key: value for key, value in asdict(config).items() if key != "results"}
-    run = Run.open("transition_noise", recorded, root=config.results)
-    done = {row["cell"] for row in run.rows()}
-    wanted = [(family, noise) for family in config.families for noise in config.noise]
-    try:
-        with Progress(console=console, transient=True) as progress:
-            task = progress.add_task("cells", total=len(wanted), completed=len(done))
-            for family, noise in wanted:
-                if f"{family}/{noise}" not in done:
-                    progress.update(task, description=f"{family} ε={noise:g}")
-                    run.record(run_cell(family, noise, config))
-                    progress.advance(task)
-    except KeyboardInterrupt:
-        console.print(f"interrupted; the same command goes on from {run.folder}", highlight=False, soft_wrap=True)
-        return 130
-    rows = run.rows()
-    summary = summarise(rows, time.perf_counter() - started)
-    run.finish(summary)  # before anything is printed, to a disk that may be full or a reader who may have gone
-    console.print(table(rows))
-    for key, value in summary.items():
-        console.print(f"{key}: {value}", highlight=False, soft_wrap=True)
-    console.print(f"results: {run.folder}", highlight=False, soft_wrap=True)
-    return 0 if not summary["unexpected"] else 1
+    wanted = product(config.families, config.noise)
+    made = {f"{family}/{noise}": partial(run_cell, family, noise, config) for family, noise in wanted}
+    return run_experiment("transition_noise", config, made, summarise, lambda rows, _: [table(rows)])
 
 
 if __name__ == "__main__":

@@ -22,16 +22,15 @@ from __future__ import annotations
 
 import math
 import sys
-import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import tyro
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
@@ -40,6 +39,7 @@ from tbrm_theory import coverage
 from tbrm_theory.behaviours import MarkovBehaviour
 from tbrm_theory.claims.uncovered_actions import covered_optimum, omitted_actions
 from tbrm_theory.dynamic_programming import Solution, soft_policy, solve
+from tbrm_theory.experiment import run_experiment
 from tbrm_theory.mdp import RegularizedMDP
 from tbrm_theory.moments import moment_form
 from tbrm_theory.named_behaviours import with_holes
@@ -47,8 +47,8 @@ from tbrm_theory.objectives import PopulationObjective, SampleObjective
 from tbrm_theory.optimisers import Minimum, lbfgs, least_squares_plan, levenberg_marquardt
 from tbrm_theory.parametrisations import Tabular
 from tbrm_theory.population import population_loss, soft_plan
+from tbrm_theory.program import run_program
 from tbrm_theory.random_tables import seeded
-from tbrm_theory.results import Run
 from tbrm_theory.statistics import log_log_slope
 from tbrm_theory.tables import safe_log
 from tbrm_theory.training import exact_regret
@@ -301,29 +301,22 @@ def cells(config: Config) -> dict[str, tuple[str, Any]]:
 
 
 def main(config: Config) -> int:
-    started = time.perf_counter()
-    console = Console(width=None if sys.stdout.isatty() else 180)
-    recorded = {key: value for key, value in asdict(config).items() if key != "results"}
-    run = Run.open("uncovered_actions", recorded, root=config.results)
-    done = {row["cell"] for row in run.rows()}
-    wanted = [(name, *cell) for name, cell in cells(config).items() if name not in done]
-    try:
-        for name, kind, (make_row, *arguments) in track(wanted, description="data", console=console, transient=True):
-            row = {"cell": name, "kind": kind} | make_row(config, *arguments)
-            run.record(row | {"verdict": verdict(row)})
-    except KeyboardInterrupt:
-        console.print(f"interrupted; the same command goes on from {run.folder}")
-        return 130
-    rows = [{key: math.inf if value == "inf" else value for key, value in row.items()} for row in run.rows()]
-    summary = summarise(rows, time.perf_counter() - started)
-    for view in tables(rows):
-        console.print(view)
-    run.finish(summary)
-    for key, value in summary.items():
-        console.print(f"{key}: {value}", highlight=False)
-    console.print(f"results: {run.folder}", highlight=False)
-    return 0 if not summary["unexpected"] else 1
+    def made(kind: str, make_row: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+        row = {"kind": kind} | make_row(config, *arguments)
+        return row | {"verdict": verdict(row)}
+
+    return run_experiment(
+        "uncovered_actions",
+        config,
+        {name: partial(made, kind, *cell) for name, (kind, cell) in cells(config).items()},
+        lambda rows, seconds: summarise(_with_infinities(rows), seconds),
+        lambda rows, _: tables(_with_infinities(rows)),
+    )
+
+
+def _with_infinities(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: math.inf if value == "inf" else value for key, value in row.items()} for row in rows]
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config, description=__doc__)))
+    sys.exit(run_program("uncovered_actions", lambda: main(tyro.cli(Config, description=__doc__))))

@@ -6,17 +6,17 @@ is first extracted from that run's `metrics.jsonl`. Runs no experiment.
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
+import sys
 from typing import Any
 
 import matplotlib.pyplot as plt
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from table_figure import Options, rounded, write_figure
 
-HERE = Path(__file__).parent
+from tbrm_theory.program import run_program
+
 COLOURS = {"tree": "#4477aa", "lock": "#ee6677", "one state": "#228833"}
 LEAKS = ("#ccbb44", "#66ccee", "#aa3377", "#bbbbbb")
 KEPT = (
@@ -35,26 +35,9 @@ KEPT = (
 )
 
 
-@dataclass(frozen=True)
-class Options:
-    """Where to read and write."""
-
-    results: Path | None = None
-    """A run folder of experiments/coverage_horizon.py, to extract the table from."""
-    data: Path = HERE / "data"
-    out: Path = HERE / "out"
-
-
-def extract(results: Path) -> list[dict[str, Any]]:
+def extract(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What is drawn of every problem, to six digits."""
-
-    def rounded(value: Any) -> Any:
-        if isinstance(value, list):
-            return [rounded(entry) for entry in value]
-        return float(f"{value:.6g}") if isinstance(value, float) else value
-
-    lines = (results / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{key: rounded(json.loads(line)[key]) for key in KEPT} for line in lines]
+    return [rounded({key: cell[key] for key in KEPT}, 6) for cell in cells]
 
 
 def draw(rows: list[dict[str, Any]]) -> Figure:
@@ -115,18 +98,9 @@ def _leaks(axis: Axes, rows: list[dict[str, Any]]) -> None:
     axis.legend(fontsize=7)
 
 
-def main(options: Options) -> None:
-    table = options.data / "coverage_horizon.json"
-    if options.results is not None:
-        options.data.mkdir(parents=True, exist_ok=True)
-        lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in extract(options.results))
-        table.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-    figure = draw(json.loads(table.read_text(encoding="utf-8")))
-    options.out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.out / "coverage_horizon.pdf", metadata={"CreationDate": None})
-    figure.savefig(options.out / "coverage_horizon.png", dpi=130)
-    print(f"{options.out / 'coverage_horizon.png'}")
+def main(options: Options) -> int:
+    return write_figure("coverage_horizon", options, extract, draw)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    sys.exit(run_program("fig_coverage_horizon", lambda: main(tyro.cli(Options, description=__doc__))))

@@ -6,9 +6,7 @@ extracted from that run's `metrics.jsonl`. Runs no experiment.
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
+import sys
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -16,38 +14,24 @@ import numpy as np
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from table_figure import Options, rounded, write_figure
 
+from tbrm_theory.program import run_program
 from tbrm_theory.statistics import binomial_interval
 
-HERE = Path(__file__).parent
 ZERO_FLIP, FLOOR, CEILING = 2.0**-22, 1e-34, 1e9
 """Where a flip probability of 0, an exact zero and an infinity are drawn."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """Where to read and write."""
-
-    results: Path | None = None
-    """A run folder of experiments/mixture_data.py, to extract the table from."""
-    data: Path = HERE / "data"
-    out: Path = HERE / "out"
-
-
-def extract(results: Path) -> list[dict[str, Any]]:
+def extract(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Every number of every row, to five digits; of several starts the largest, of data sets the mean; of the rest the lists."""
 
-    def small(key: str, value: Any) -> Any:
+    def one(key: str, value: Any) -> Any:
         if key == "noisy_regret":
-            value = sum(value) / len(value)
-        elif key in ("loss", "regret", "brm_loss", "brm_regret", "brm_at_tbrm"):
-            value = max(value)
-        elif isinstance(value, list):
-            return [small("", entry) for entry in value]
-        return float(f"{value:.5g}") if isinstance(value, float) else value
+            return sum(value) / len(value)
+        return max(value) if key in ("loss", "regret", "brm_loss", "brm_regret", "brm_at_tbrm") else value
 
-    lines = (results / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{key: small(key, value) for key, value in json.loads(line).items() if key != "theta"} for line in lines]
+    return [rounded({key: one(key, value) for key, value in cell.items() if key != "theta"}, 5) for cell in cells]
 
 
 def draw(rows: list[dict[str, Any]]) -> Figure:
@@ -142,18 +126,9 @@ def _random(axis: Axes, rows: list[dict[str, Any]]) -> None:
     axis.legend(fontsize=7)
 
 
-def main(options: Options) -> None:
-    table = options.data / "mixture_data.json"
-    if options.results is not None:
-        options.data.mkdir(parents=True, exist_ok=True)
-        lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in extract(options.results))
-        table.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-    figure = draw(json.loads(table.read_text(encoding="utf-8")))
-    options.out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.out / "mixture_data.pdf", metadata={"CreationDate": None})
-    figure.savefig(options.out / "mixture_data.png", dpi=130)
-    print(f"{options.out / 'mixture_data.png'}")
+def main(options: Options) -> int:
+    return write_figure("mixture_data", options, extract, draw)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    sys.exit(run_program("fig_mixture_data", lambda: main(tyro.cli(Options, description=__doc__))))

@@ -7,8 +7,7 @@ beside it. Runs no experiment.
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,12 @@ import numpy as np
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from table_figure import Options, rounded, write_figure, write_table
 
+from tbrm_theory.json_fields import read_json
+from tbrm_theory.program import run_program
 from tbrm_theory.statistics import binomial_interval
 
-HERE = Path(__file__).parent
 TRAJECTORIES = 9
 """Of the problems of the class map: residuals that parameters can move."""
 LINES = {
@@ -31,38 +32,20 @@ LINES = {
 }
 
 
-@dataclass(frozen=True)
-class Options:
-    """Where to read and write."""
-
-    results: Path | None = None
-    """A run folder of experiments/spurious_minima.py, to extract the tables from."""
-    data: Path = HERE / "data"
-    out: Path = HERE / "out"
-
-
-def extract(results: Path) -> list[dict[str, Any]]:
+def extract(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of the run, rounded, with the 95 % interval of every share of problems."""
     rows = []
-    for line in (results / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        if row["map"] == "class":
-            found = round(row["problems"] * row["problem_count"])
-            row["interval"] = [round(end, 4) for end in binomial_interval(found, row["problem_count"])]
-        rows.append({key: _rounded(value) for key, value in row.items()})
+    for cell in cells:
+        if cell["map"] == "class":
+            found = round(cell["problems"] * cell["problem_count"])
+            cell["interval"] = [round(end, 4) for end in binomial_interval(found, cell["problem_count"])]
+        rows.append(rounded(cell, 4))
     return rows
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_rounded(entry) for entry in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def instances(results: Path) -> list[dict[str, Any]]:
     """What the run saved, with its names."""
-    paths = sorted((results / "instances").glob("*.json"))
-    return [{"name": path.stem} | json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    return [{"name": path.stem} | read_json(path).value for path in sorted((results / "instances").glob("*.json"))]
 
 
 def draw(rows: list[dict[str, Any]]) -> Figure:
@@ -105,23 +88,12 @@ def _classes(axis: Axes, title: str, rows: list[dict[str, Any]]) -> None:
     axis.legend(fontsize=8)
 
 
-def main(options: Options) -> None:
-    table = options.data / "spurious_minima.json"
+def main(options: Options) -> int:
+    status = write_figure("spurious_minima", options, extract, draw)
     if options.results is not None:
-        options.data.mkdir(parents=True, exist_ok=True)
-        for path, rows in ((table, extract(options.results)), (_instances(options), instances(options.results))):
-            lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-            path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-    figure = draw(json.loads(table.read_text(encoding="utf-8")))
-    options.out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.out / "spurious_minima.pdf", metadata={"CreationDate": None})
-    figure.savefig(options.out / "spurious_minima.png", dpi=130)
-    print(f"{options.out / 'spurious_minima.png'}")
-
-
-def _instances(options: Options) -> Path:
-    return options.data / "spurious_minima_instances.json"
+        write_table(options.data / "spurious_minima_instances.json", instances(options.results))
+    return status
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    sys.exit(run_program("fig_spurious_minima", lambda: main(tyro.cli(Options, description=__doc__))))

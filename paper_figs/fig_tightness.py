@@ -6,18 +6,19 @@ extracted from that run of experiments/tightness.py, and its worst instances are
 
 from __future__ import annotations
 
-import json
 import shutil
-from dataclasses import dataclass
-from pathlib import Path
+import sys
 from typing import Any
 
 import matplotlib.pyplot as plt
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from table_figure import Options, write_figure
 
-HERE = Path(__file__).parent
+from tbrm_theory.json_fields import read_json
+from tbrm_theory.program import run_program
+
 FLOOR = 1e-11
 """Where equality is drawn."""
 CEILING = 1e7
@@ -28,24 +29,13 @@ LIMITS = {"B5.a": 0.949999998, "B5.b": 0.975}
 """What a bandit attains at max|f| = 20 in the limit."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """Where to read and write."""
-
-    results: Path | None = None
-    """A run folder of experiments/tightness.py, to extract the table and the worst instances from."""
-    data: Path = HERE / "data"
-    out: Path = HERE / "out"
-
-
-def extract(results: Path) -> list[dict[str, Any]]:
+def extract(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The best row of every claim and horizon, without its instance."""
     best: dict[tuple[str, int], dict[str, Any]] = {}
-    for line in (results / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        for row in json.loads(line)["rows"]:
-            key = (row["claim"], row["horizon"])
-            if key not in best or rank(row) > rank(best[key]):
-                best[key] = row
+    for row in (row for cell in cells for row in cell["rows"]):
+        key = (row["claim"], row["horizon"])
+        if key not in best or rank(row) > rank(best[key]):
+            best[key] = row
     return [{key: value for key, value in row.items() if key != "instance"} for row in best.values()]
 
 
@@ -100,23 +90,15 @@ def _excesses(axis: Axes, rows: list[dict[str, Any]]) -> None:
     axis.grid(axis="x", lw=0.3)
 
 
-def main(options: Options) -> None:
-    table = options.data / "tightness.json"
+def main(options: Options) -> int:
+    status = write_figure("tightness", options, extract, draw)
     if options.results is not None:
         instances = options.data / "worst"
-        instances.mkdir(parents=True, exist_ok=True)
-        rows = extract(options.results)
-        table.write_text(
-            "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n", encoding="utf-8"
-        )
-        for row in rows:
+        instances.mkdir(exist_ok=True)
+        for row in read_json(options.data / "tightness.json").value:
             shutil.copy(options.results / "worst" / f"{row['claim']}-{row['horizon']}.json", instances)
-    figure = draw(json.loads(table.read_text(encoding="utf-8")))
-    options.out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.out / "tightness.pdf", metadata={"CreationDate": None})
-    figure.savefig(options.out / "tightness.png", dpi=130)
-    print(f"{options.out / 'tightness.png'}")
+    return status
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    sys.exit(run_program("fig_tightness", lambda: main(tyro.cli(Options, description=__doc__))))

@@ -6,10 +6,7 @@ first extracted from that run's `metrics.jsonl`. Runs no experiment.
 
 from __future__ import annotations
 
-import json
 import sys
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -17,13 +14,10 @@ import numpy as np
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from table_figure import Options, rounded, write_figure
 
-from tbrm_theory.errors import InvalidInputError
-from tbrm_theory.json_fields import read_json, replacement
 from tbrm_theory.program import run_program
-from tbrm_theory.results import Run
 
-HERE = Path(__file__).parent
 FLOOR = 1e-34
 """Where an exact zero is drawn."""
 
@@ -43,36 +37,18 @@ MODES = {
 }
 
 
-@dataclass(frozen=True)
-class Options:
-    """Where to read and write."""
-
-    results: Path | None = None
-    """A run folder of experiments/toy_convergence.py, to extract the table from."""
-    data: Path = HERE / "data"
-    """The folder of the table."""
-    out: Path = HERE / "out"
-    """The folder of the figure."""
-
-
-def extract(results: Path) -> list[dict[str, Any]]:
+def extract(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The part of every cell that is drawn: median, least and largest regret over seeds, last loss, noise floor."""
-    rows, cells = [], Run(results).rows()
-    if not cells:
-        raise InvalidInputError(str(results), "expected the folder of a run, with the cells it recorded; found none")
+    rows = []
     for cell in cells:
         regrets = np.array(cell["regret_curve"])
-        rows.append(
-            {key: cell[key] for key in ("cell", "kind", "family", "behaviour", "mode", "loss", "step", "verdict")}
-            | {
-                "regret": {
-                    name: [float(f"{value:.4g}") for value in summary(regrets, axis=1)]
-                    for name, summary in (("median", np.median), ("least", np.min), ("largest", np.max))
-                },
-                "final_loss": float(f"{max(cell['loss_curve'][-1]):.4g}"),
-                "noise_floor": cell.get("noise_floor"),
-            }
-        )
+        kept = {key: cell[key] for key in ("cell", "kind", "family", "behaviour", "mode", "loss", "step", "verdict")}
+        over_seeds = {
+            name: summary(regrets, axis=1).tolist()
+            for name, summary in (("median", np.median), ("least", np.min), ("largest", np.max))
+        }
+        ends = rounded({"regret": over_seeds, "final_loss": max(cell["loss_curve"][-1])}, 4)
+        rows.append(kept | ends | {"noise_floor": cell.get("noise_floor")})
     return rows
 
 
@@ -130,24 +106,7 @@ def _curves(axis: Axes, title: str, rows: list[dict[str, Any]]) -> None:
 
 
 def main(options: Options) -> int:
-    table = options.data / "toy_convergence.json"
-    if options.results is not None:
-        options.data.mkdir(parents=True, exist_ok=True)
-        lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in extract(options.results))
-        with replacement(table) as file:
-            file.write(f"[\n{lines}\n]\n")
-    rows = read_json(table).value
-    try:
-        figure = draw(rows)
-    except (KeyError, TypeError) as error:
-        raise InvalidInputError(
-            str(table), f"expected a list of cells, as extracted with --results ({error})"
-        ) from error
-    options.out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.out / "toy_convergence.pdf", metadata={"CreationDate": None})
-    figure.savefig(options.out / "toy_convergence.png", dpi=130)
-    print(f"{options.out / 'toy_convergence.png'}")
-    return 0
+    return write_figure("toy_convergence", options, extract, draw)
 
 
 if __name__ == "__main__":

@@ -6,44 +6,31 @@ is first extracted from that run's `metrics.jsonl`. Runs no experiment.
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
+import sys
 from typing import Any
 
 import matplotlib.pyplot as plt
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from table_figure import Options, rounded, write_figure
 
-HERE = Path(__file__).parent
+from tbrm_theory.program import run_program
+
 FLOOR = 1e-34
 """Where an exact zero is drawn."""
 COLOURS = {"worse": "#4477aa", "between": "#ccbb44", "better": "#ee6677"}
 
 
-@dataclass(frozen=True)
-class Options:
-    """Where to read and write."""
-
-    results: Path | None = None
-    """A run folder of experiments/uncovered_actions.py, to extract the table from."""
-    data: Path = HERE / "data"
-    out: Path = HERE / "out"
-
-
-def extract(results: Path) -> list[dict[str, Any]]:
+def extract(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Every number of every row, to five digits; of several starts the largest, of data sets the mean."""
 
-    def small(key: str, value: Any) -> Any:
+    def one(key: str, value: Any) -> Any:
         if key == "regret_of_samples":
-            value = sum(value) / len(value)
-        elif isinstance(value, list):
-            value = max(value)
-        return float(f"{value:.5g}") if isinstance(value, float) else value
+            return sum(value) / len(value)
+        return max(value) if isinstance(value, list) else value
 
-    lines = (results / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{key: small(key, value) for key, value in json.loads(line).items()} for line in lines]
+    return [rounded({key: one(key, value) for key, value in cell.items()}, 5) for cell in cells]
 
 
 def draw(rows: list[dict[str, Any]]) -> Figure:
@@ -111,18 +98,9 @@ def _masses(axis: Axes, rows: list[dict[str, Any]]) -> None:
     axis.legend(fontsize=7, loc="center right", bbox_to_anchor=(1.0, 0.38))
 
 
-def main(options: Options) -> None:
-    table = options.data / "uncovered_actions.json"
-    if options.results is not None:
-        options.data.mkdir(parents=True, exist_ok=True)
-        lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in extract(options.results))
-        table.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-    figure = draw(json.loads(table.read_text(encoding="utf-8")))
-    options.out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.out / "uncovered_actions.pdf", metadata={"CreationDate": None})
-    figure.savefig(options.out / "uncovered_actions.png", dpi=130)
-    print(f"{options.out / 'uncovered_actions.png'}")
+def main(options: Options) -> int:
+    return write_figure("uncovered_actions", options, extract, draw)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    sys.exit(run_program("fig_uncovered_actions", lambda: main(tyro.cli(Options, description=__doc__))))

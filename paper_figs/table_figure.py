@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.json_fields import read_json, replacement
 from tbrm_theory.results import Run
 
-__all__ = ["Options", "rounded", "write_figure"]
+__all__ = ["Options", "rounded", "write_figure", "write_table"]
 
 HERE = Path(__file__).parent
 Rows = list[dict[str, Any]]
@@ -41,6 +42,14 @@ def rounded(value: Any, digits: int) -> Any:
     return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
+def write_table(path: Path, rows: Rows) -> None:
+    """A JSON list with one row a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    with replacement(path) as file:
+        file.write(f"[\n{lines}\n]\n")
+
+
 def write_figure(name: str, options: Options, extract: Callable[[Rows], Rows], draw: Callable[[Rows], Figure]) -> int:
     """Write ``name.pdf`` and ``name.png`` from the table ``name.json``, itself written first if a run is given.
 
@@ -52,10 +61,7 @@ def write_figure(name: str, options: Options, extract: Callable[[Rows], Rows], d
         recorded = Run(options.results).rows()
         if not recorded:
             raise InvalidInputError(str(options.results), "expected the folder of a run with recorded rows; found none")
-        options.data.mkdir(parents=True, exist_ok=True)
-        lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in extract(recorded))
-        with replacement(table) as file:
-            file.write(f"[\n{lines}\n]\n")
+        write_table(table, extract(recorded))
     rows = read_json(table).value
     try:
         figure = draw(rows)
@@ -64,5 +70,6 @@ def write_figure(name: str, options: Options, extract: Callable[[Rows], Rows], d
     options.out.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.out / f"{name}.pdf", metadata={"CreationDate": None})
     figure.savefig(options.out / f"{name}.png", dpi=130)
+    plt.close(figure)
     print(f"{options.out / name}.png")
     return 0

@@ -63,6 +63,7 @@ FLOORS = {
     "rigor": 4,
     "program": 1,
     "results": 4,
+    "experiment": 5,
     "claims": 5,
     "llm": 5,
     "evaluate": 6,

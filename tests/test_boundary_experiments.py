@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -79,8 +80,10 @@ def test_a_finished_part_is_not_run_again(name: str, runs: dict[str, Path], monk
 @pytest.mark.parametrize("name", SMALL)
 def test_the_figure_is_redrawn_from_the_committed_table(name: str, tmp_path: Path) -> None:
     _, _, figure = SMALL[name]
+    opened = plt.get_fignums()
     figure.main(figure.Options(out=tmp_path))
     assert (tmp_path / f"{name}.pdf").stat().st_size > 10_000
+    assert plt.get_fignums() == opened  # matplotlib warns of the twenty-first figure left open
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -131,7 +131,7 @@ def test_the_figure_refuses_a_folder_without_a_run_and_keeps_its_table(tmp_path:
     table.write_text('{"a": 1}')
     with pytest.raises(ValueError, match="expected the folder of a run"):
         figure.main(figure.Options(results=tmp_path / "nowhere", data=tmp_path, out=tmp_path))
-    with pytest.raises(ValueError, match=r"toy_convergence\.json: expected a list of cells"):
+    with pytest.raises(ValueError, match=r"toy_convergence\.json: expected a table"):
         figure.main(figure.Options(data=tmp_path, out=tmp_path))
     assert table.read_text() == '{"a": 1}'
 
