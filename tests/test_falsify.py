@@ -428,6 +428,20 @@ def test_an_undecided_instance_is_no_violation(
     assert "could not decide" in capsys.readouterr().out
 
 
+def test_a_full_disk_costs_the_file_and_not_the_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full_disk(path: Path, document: object) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(falsify_command, "write_json", full_disk)
+    path = tmp_path / "out.json"
+    assert cli.main(["falsify", "B1", "--steps", "14", "--restarts", "4", "--json", str(path)]) == 2
+    out, err = capsys.readouterr()
+    assert "no violation found" in out
+    assert err == f"tbrm: error: {path}: No space left on device\n"
+
+
 def test_the_list_names_every_claim_and_whether_it_is_true(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["falsify", "--list"]) == 0
     lines = {
@@ -448,6 +462,8 @@ def test_the_list_names_every_claim_and_whether_it_is_true(capsys: pytest.Captur
         (["B1", "--seed", "-1"], "seed: expected at least 0"),
         (["B1", "--json", "/no/such/folder/x.json"], "json: no folder"),
         (["B1", "--save", "/no/such/folder/x.json"], "save: no folder"),
+        (["B1", "--json", "/"], "json: expected a file to write, found the folder /"),
+        (["B1", "--save", "/"], "save: expected a file to write, found the folder /"),
     ],
 )
 def test_bad_arguments_have_status_2(arguments: list[str], problem: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,7 +53,8 @@ def falsify_command(
         save: file for the worst instance alone.
 
     Raises:
-        InvalidInputError: an unknown claim, steps or restarts below 1, a negative seed, or no folder for a file.
+        InvalidInputError: an unknown claim, steps or restarts below 1, a negative seed, no folder for a file, or a folder in its
+            place.
     """
     targets = select_targets(claim)
     for name, number, least in (("steps", steps, 1), ("restarts", restarts, 1), ("seed", seed, 0)):
@@ -62,17 +63,17 @@ def falsify_command(
     for name, path in (("json", json), ("save", save)):
         if path is not None and not path.resolve().parent.is_dir():
             raise InvalidInputError(name, f"no folder {path.resolve().parent}")
+        if path is not None and path.is_dir():
+            raise InvalidInputError(name, f"expected a file to write, found the folder {path}")
     found = search(targets, steps=steps, restarts=restarts, seed=seed)
     target, finding = worst(found)
-    if json is not None:
-        write_json(json, outcome_as_json(claim, found))
-    if save is not None:
-        finding.instance.save(save)
-    console = _console()
-    console.print(_findings_table(found))
-    console.print(Text(f"Worst instance, of {target.id} at horizon {finding.horizon}:"))
-    console.print(_instance_table(finding.instance))
-    console.print(Text(_conclusion(target, finding), style="bold red" if finding.violated else "green"))
+    try:
+        if json is not None:
+            write_json(json, outcome_as_json(claim, found))
+        if save is not None:
+            finding.instance.save(save)
+    finally:  # a file that cannot be written does not cost the tables, too
+        _print(found, target, finding)
     return 1 if any(finding.violated for _, finding in found) else 0
 
 
@@ -152,6 +153,14 @@ def print_targets() -> None:
         horizons = ", ".join(str(shape.horizon) for shape in target.shapes)
         _row(table, target.id, "true" if target.true else "false", target.statement, horizons)
     _console().print(table)
+
+
+def _print(found: Sequence[_Found], target: Target, finding: Finding) -> None:
+    console = _console()
+    console.print(_findings_table(found))
+    console.print(Text(f"Worst instance, of {target.id} at horizon {finding.horizon}:"))
+    console.print(_instance_table(finding.instance))
+    console.print(Text(_conclusion(target, finding), style="bold red" if finding.violated else "green"))
 
 
 def _findings_table(found: Sequence[_Found]) -> Table:
