@@ -382,6 +382,15 @@ def test_a_number_is_as_good_as_the_worst_of_its_parts() -> None:
     assert by_number(parts, outcomes)["I2"].verdict is Verdict.VIOLATED
 
 
+def test_of_parts_without_an_error_the_tightest_is_the_worst() -> None:
+    case = make_case("chain", 0)
+    parts = select(["B2.a", "B2.b"])
+    outcomes = {claim.id: Outcome() for claim in parts}
+    for outcome, left in zip(outcomes.values(), (1.0, 3.0), strict=True):
+        outcome.add(Attempt.of(compare([left], [4.0], "at most"), case))
+    assert by_number(parts, outcomes)["B2"].worst == outcomes["B2.b"].worst
+
+
 def test_the_tightest_instance_of_an_inequality_is_kept() -> None:
     outcome = Outcome()
     for seed, left in enumerate((1.0, 3.0, 2.0)):

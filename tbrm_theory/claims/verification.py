@@ -47,6 +47,11 @@ class Worst:
     def share(self) -> float:
         return self.error / self.bound
 
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Larger is worse: of two inequalities without an error the tighter one."""
+        return self.share, self.ratio or 0.0
+
 
 @dataclass
 class Outcome:
@@ -75,7 +80,7 @@ class Outcome:
         self.instances += 1
         self.violations += attempt.violated
         found, candidate = self.worst, attempt.worst
-        if found is None or (candidate.share, candidate.ratio or 0.0) > (found.share, found.ratio or 0.0):
+        if found is None or candidate.rank > found.rank:
             self.worst = candidate
 
 
@@ -220,6 +225,6 @@ def _together(group: list[Outcome]) -> Outcome:
         instances=min(outcome.instances for outcome in group),
         skipped=sum((outcome.skipped for outcome in group), Counter()),
         violations=sum(outcome.violations for outcome in group),
-        worst=max(found, key=lambda worst: worst.share) if found else None,
+        worst=max(found, key=lambda worst: worst.rank) if found else None,
         seconds=sum(outcome.seconds for outcome in group),
     )
