@@ -433,6 +433,9 @@ def test_status_0_one_line_for_each_claim_and_a_file(tmp_path: Path, capsys: pyt
     assert found["seed"] in (0, 1)
     assert found["seconds"] >= 0
     assert document["I1.c"]["worst_ratio"] <= 1
+    assert (
+        f"l/r {document['I1.c']['worst_ratio']:.4g}" in lines[2]
+    )  # an inequality's slack, not only that it has no error
     assert [entry.name for entry in tmp_path.iterdir()] == ["outcomes.json"]
 
 

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tbrm_theory.claims.registry import Claim, select
-from tbrm_theory.claims.verification import Outcome, Verdict, by_number, verify
+from tbrm_theory.claims.verification import Outcome, Verdict, Worst, by_number, verify
 from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.families import FAMILIES
 from tbrm_theory.instance import Instance
@@ -137,7 +137,8 @@ def _print(chosen: Sequence[Claim], outcomes: dict[str, Outcome]) -> None:
 def _table(claims: Sequence[Claim], outcomes: dict[str, Outcome]) -> Table:
     seconds = sum(outcome.seconds for outcome in outcomes.values())
     title = (
-        f"{len(claims)} claims, {seconds:.0f} s; errors relative to the size of the terms, bounds from float64 rounding"
+        f"{len(claims)} claims, {seconds:.0f} s; errors relative to the size of the terms, bounds from float64 rounding; "
+        "l/r: the largest left/right of an inequality"
     )
     table = Table(title=title, title_justify="left", title_style="bold", box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("claim", "statement", "instances", "skipped", "worst error", "bound", "where", "verdict"):
@@ -151,13 +152,18 @@ def _table(claims: Sequence[Claim], outcomes: dict[str, Outcome]) -> Table:
             claim.statement,
             str(outcome.instances),
             ", ".join(f"{count} {reason}" for reason, count in outcome.skipped.items()),
-            f"{worst.error:.1e}" if worst else "",
+            _how_close(worst) if worst else "",
             f"{worst.bound:.1e}" if worst else "",
             f"{worst.family} {worst.seed}" if worst else "",
         ]
         verdict = Text(str(outcome.verdict), style=_COLOURS[outcome.verdict])
         table.add_row(*(Text(cell) for cell in cells), verdict)
     return table
+
+
+def _how_close(worst: Worst) -> str:
+    """The error, or the ratio of an inequality without one, which says how much slack is left."""
+    return f"{worst.error:.1e}" if worst.error or worst.ratio is None else f"l/r {worst.ratio:.4g}"
 
 
 def _explain(console: Console, claim: Claim, outcome: Outcome) -> None:
