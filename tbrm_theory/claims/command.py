@@ -177,7 +177,7 @@ def _explain(console: Console, claim: Claim, outcome: Outcome) -> None:
         )
         console.print(Text(found, style="bold red"))
     elif outcome.verdict is Verdict.NOT_EXERCISED:
-        console.print(Text(f"{claim.id} was never exercised: these families have no problem within its assumptions"))
+        console.print(Text(f"{claim.id} was never exercised: no problem here is within its assumptions"))
 
 
 @contextmanager
