@@ -442,7 +442,10 @@ def test_a_full_disk_costs_the_file_and_not_the_tables(
     assert err == f"tbrm: error: {path}: No space left on device\n"
 
 
-def test_the_list_names_every_claim_and_whether_it_is_true(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_list_names_every_claim_and_whether_it_is_true(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # a line for each, wherever this runs
     assert cli.main(["falsify", "--list"]) == 0
     lines = {
         line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines() if "≤" in line or "=" in line
