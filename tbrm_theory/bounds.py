@@ -19,8 +19,9 @@ from tbrm_theory.dynamic_programming import (
 from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.mdp import RegularizedMDP
 from tbrm_theory.occupancy import enumerate_trajectories, occupancy
-from tbrm_theory.population import additive_moments, population_loss, residual_terms, soft_plan
+from tbrm_theory.population import additive_moments, forbidden, population_loss, residual_terms, soft_plan
 from tbrm_theory.shapes import PerLayerStateAction, Scalars
+from tbrm_theory.tables import ROW_SUM_TOLERANCE
 
 __all__ = [
     "centred_loss",
@@ -89,20 +90,29 @@ def theorem2_centred(
 
 
 def centred_loss(mdp: RegularizedMDP, logits: PerLayerStateAction, mu: Data) -> Scalars:
-    """``E_μ Var_μ(f_θ(τ) | s_1)``, ``(…)``: TBRM's loss with the best value of every first state."""
+    """``E_μ Var_μ(f_θ(τ) | s_1)``, ``(…)``: TBRM's loss with the best value of every first state.
+
+    Returns:
+        ``inf`` if the data take actions that do not exist.
+    """
     behaviour: Behaviour = data_behaviour(mdp, mu)
     terms = residual_terms(mdp, logits)
     if behaviour.components is None:
         listed = enumerate_trajectories(mdp)
         law, f, start = behaviour.log_law(mdp, listed).exp(), listed.sum_along(terms), listed.states[:, 0]
-        mass = torch.zeros_like(mdp.initial).index_add(-1, start, law)
-        total = f.new_zeros(*f.shape[:-1], len(mass)).index_add(-1, start, law * f)
+        mass = law.new_zeros(*law.shape[:-1], len(mdp.initial)).index_add(-1, start, law)
+        weighted = law * f
+        total = f.new_zeros(*weighted.shape[:-1], len(mdp.initial)).index_add(-1, start, weighted)
         mean = torch.where(mass > 0, total / torch.where(mass > 0, mass, 1.0), 0.0)
-        return (law * (f - mean[..., start]).square()).sum(-1)
-    parts = [(weight, additive_moments(mdp, terms, policy)) for weight, policy in behaviour.components]
+        centred = (law * (f - mean[..., start]).square()).sum(-1)
+        return torch.where((law.sum(-1) - 1).abs() > ROW_SUM_TOLERANCE * mdp.horizon, torch.inf, centred)
+    taken = [(weight, policy) for weight, policy in behaviour.components if weight > 0]
+    outside = [forbidden(mdp, occupancy(mdp, policy)) for _, policy in taken]
+    parts = [(weight, additive_moments(mdp, terms, policy)) for weight, policy in taken]
     mean = sum((weight * part.mean for weight, part in parts), torch.zeros_like(mdp.initial))
     spread = [weight * (part.variance + (part.mean - mean).square()) for weight, part in parts]
-    return (mdp.initial * sum(spread, torch.zeros_like(mdp.initial))).sum(-1)
+    centred = (mdp.initial * sum(spread, torch.zeros_like(mdp.initial))).sum(-1)
+    return torch.where(torch.stack(torch.broadcast_tensors(*outside)).any(0), torch.inf, centred)
 
 
 def support_problem(mdp: RegularizedMDP, log_mu: PerLayerStateAction) -> RegularizedMDP:
@@ -115,10 +125,10 @@ def support_problem(mdp: RegularizedMDP, log_mu: PerLayerStateAction) -> Regular
         InvalidInputError: ``μ`` is no policy of this problem, or takes actions that do not exist.
     """
     check_policy(mdp, log_mu, "log_mu")
+    if any(bool(((log > -torch.inf) & ~valid).any()) for log, valid in zip(log_mu, mdp.valid, strict=True)):
+        raise InvalidInputError("log_mu", "expected only actions that exist")
     kept = [torch.where(log > -torch.inf, reference, 0.0) for log, reference in zip(log_mu, mdp.reference, strict=True)]
     share = [table.sum(-1, keepdim=True) for table in kept]
-    if any(bool((total == 0).any()) for total in share):
-        raise InvalidInputError("log_mu", "expected an action that exists in every state")
     beta = mdp.beta[..., None, None]
     return RegularizedMDP(
         beta=mdp.beta,
@@ -132,7 +142,7 @@ def support_problem(mdp: RegularizedMDP, log_mu: PerLayerStateAction) -> Regular
 def support_bound(mdp: RegularizedMDP, logits: PerLayerStateAction, log_mu: PerLayerStateAction) -> Scalars:
     """What masking to the data's support costs, and Theorem 2 on it (own; O3), ``(…)``: finite where ``μ`` omits actions.
 
-    With ``E`` the trajectories on the support of ``μ`` and ``π_θ`` the softmax over its actions alone,
+    With ``E`` the trajectories on the support of ``μ``, and ``π_θ`` and the ``V_θ`` in ``f_θ`` over its actions alone,
     ``J_β(π*) - J_β(π_θ) ≤ β E_ρ log 1/P_{π*}(E|s_1) + β(√(κ(π*_E,μ) - 1) + √(κ(π_θ,μ) - 1)) √E_μ Var_μ(f_θ|s_1)``,
     ``π*_E`` the optimum given ``E``. The first term is what the missing actions are worth; Theorem 2 itself is infinite there.
     *Proof.* ``support_problem`` keeps every ``J_β``, its optimum has the law ``P_{π*}(·|E)`` and the objective
@@ -182,7 +192,8 @@ def _both_kappas(
 
 def _product(mdp: RegularizedMDP, roots: Sequence[Scalars], loss: Scalars) -> Scalars:
     coefficient = roots[0] + roots[1]
-    return torch.where(coefficient < torch.inf, mdp.beta * coefficient * loss.sqrt(), torch.inf)
+    finite = (coefficient < torch.inf) & (loss < torch.inf)
+    return torch.where(finite, mdp.beta * coefficient * loss.sqrt(), torch.inf)
 
 
 def _check_deterministic(mdp: RegularizedMDP) -> None:

@@ -16,7 +16,7 @@ from tbrm_theory.dynamic_programming import admissible_logits, soft_policy
 from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.mdp import RegularizedMDP
 from tbrm_theory.occupancy import flatten_tables, moment_matrix, occupancy
-from tbrm_theory.population import LOSSES
+from tbrm_theory.population import LOSSES, forbidden
 from tbrm_theory.shapes import PerLayerStateAction
 
 __all__ = ["gauss_newton_matrix", "spectrum"]
@@ -32,18 +32,20 @@ def gauss_newton_matrix(
         loss: ``"tbrm"`` or ``"brm"``; BRM's residual is the sampled one.
 
     Raises:
-        InvalidInputError: another loss, or a batch of problems, logits or policies.
+        InvalidInputError: another loss, a batch of problems, logits or policies, or data with actions that do not exist.
     """
     if loss not in LOSSES:
         raise InvalidInputError("loss", f"expected one of {', '.join(LOSSES)}, found {loss!r}")
     if mdp.batch_shape or any(table.dim() != 2 for table in (*logits, *log_behaviour)):
         raise InvalidInputError("mdp", "expected one problem, one table of logits and one policy, found a batch")
+    d = occupancy(mdp, log_behaviour)
+    if bool(forbidden(mdp, d)):
+        raise InvalidInputError("log_behaviour", "expected only actions that exist")
     policy = [soft_policy(table).exp() for table in admissible_logits(mdp, logits)]
     if loss == "tbrm":
         gauge = torch.block_diag(*(_spread(table) if h else _spread(0 * table) for h, table in enumerate(policy)))
         derivative = torch.eye(len(gauge), dtype=torch.float64) - gauge
         return derivative.mT @ moment_matrix(mdp, log_behaviour) @ derivative
-    d = occupancy(mdp, log_behaviour)
     matrix = torch.diag(flatten_tables(d.state_action))
     end = 0
     for h, kernel in enumerate(mdp.transitions):

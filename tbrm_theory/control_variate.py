@@ -23,7 +23,8 @@ from tbrm_theory.behaviours import Behaviour, MarkovBehaviour
 from tbrm_theory.dynamic_programming import admissible_logits, check_policy, soft_value, solve
 from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.mdp import RegularizedMDP
-from tbrm_theory.population import additive_moments
+from tbrm_theory.occupancy import occupancy
+from tbrm_theory.population import additive_moments, forbidden
 from tbrm_theory.shapes import PerLayerState, PerLayerStateAction, Scalars
 from tbrm_theory.transitions import Transition
 
@@ -61,6 +62,9 @@ def corrected_loss(
         behaviour: a Markov policy, as tables ``log μ`` or a behaviour, or a mixture of such policies.
         transitions: the kernels of the control variate, such as learned ones; data always come from the problem's own.
 
+    Returns:
+        ``inf`` if the behaviour takes actions that do not exist.
+
     Raises:
         InvalidInputError: behaviour that is neither Markov nor a mixture.
     """
@@ -72,22 +76,25 @@ def corrected_loss(
     losses = []
     for weight, log_policy in behaviour.components:
         check_policy(mdp, log_policy, "behaviour")
+        if weight == 0:
+            continue
         moments = additive_moments(mdp, errors, log_policy)
-        losses.append(weight * (mdp.initial * (moments.mean.square() + moments.variance)).sum(-1))
+        loss = (mdp.initial * (moments.mean.square() + moments.variance)).sum(-1)
+        losses.append(weight * torch.where(forbidden(mdp, occupancy(mdp, log_policy)), torch.inf, loss))
     return torch.stack(torch.broadcast_tensors(*losses)).sum(0)
 
 
 def noise_before(mdp: RegularizedMDP, log_policy: PerLayerStateAction) -> PerLayerState:
     """``d^μ_h(s) b_h(s) = E_μ[Σ_{k<h} n_k 1{s_h=s}]`` for Markov ``μ``, ``n_k = E[V*(s')|s_k,a_k] - V*(s_{k+1})``: bad luck so far.
 
-    By one forward sweep. It is what leads TBRM away from the optimum (I7.e, X2).
+    By one forward sweep. It is what leads TBRM away from the optimum (I7.e, X2). Mass on actions that do not exist goes no further.
     """
     check_policy(mdp, log_policy)
     v = solve(mdp).v
     mass, carried = mdp.initial, torch.zeros_like(mdp.initial)
     found = [carried]
     for h, kernel in enumerate(mdp.transitions):
-        policy = log_policy[h].exp()
+        policy = torch.where(mdp.valid[h], log_policy[h].exp(), 0.0)
         pairs = mass.unsqueeze(-1) * policy
         mass = kernel.push(pairs)
         carried = kernel.push(carried.unsqueeze(-1) * policy + pairs * kernel.expect(v[h + 1])) - v[h + 1] * mass

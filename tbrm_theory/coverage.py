@@ -189,7 +189,7 @@ def behaviour_occupancy(mdp: RegularizedMDP, behaviour: Behaviour) -> LogOccupan
             tuple(mixed([part.state_action[h] for _, part in parts]) for h in layers),
         )
     listed = enumerate_trajectories(mdp)
-    law = behaviour.log_law(mdp, listed)
+    law = behaviour.log_law(mdp, listed).unsqueeze(-2)  # (…, 1, trajectories)
     state, state_action = [], []
     for h, table in enumerate(mdp.reference):
         pair = listed.states[:, h] * table.shape[-1] + listed.actions[:, h]

@@ -20,6 +20,7 @@ from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.mdp import RegularizedMDP
 from tbrm_theory.occupancy import LogOccupancy, log_occupancy
 from tbrm_theory.shapes import PerLayerState, PerLayerStateAction
+from tbrm_theory.transitions import Transition
 
 __all__ = ["MOST_POLICIES", "LargestChiSquare", "largest_c_inf", "largest_chi_square", "largest_reach"]
 
@@ -123,13 +124,20 @@ def _best_policy(mdp: RegularizedMDP, gain: PerLayerStateAction) -> tuple[float,
     policy: list[Tensor] = []
     value: Tensor | None = None
     for h in range(mdp.horizon - 1, -1, -1):
-        q = gain[h] if value is None else gain[h] + mdp.transitions[h].expect(value)
+        q = gain[h] if value is None else gain[h] + _expect(mdp.transitions[h], value)
         q = torch.where(mdp.valid[h], q, -torch.inf)
         value, best = q.max(-1)
         policy.append(_vertex(best, q.shape[-1]))
     assert value is not None
     expected = torch.where(mdp.initial > 0, mdp.initial * value, 0.0).sum()
     return expected.item(), tuple(reversed(policy))
+
+
+def _expect(kernel: Transition, value: Tensor) -> Tensor:
+    """``E[value(s')|s,a]`` of values that may be infinite: ``inf`` where one of these is possible, never ``0 · ∞``."""
+    infinite = value.isinf()
+    possible = kernel.expect(infinite.to(value.dtype)) > 0
+    return torch.where(possible, torch.inf, kernel.expect(torch.where(infinite, 0.0, value)))
 
 
 def _vertex(action: Tensor, actions: int) -> Tensor:

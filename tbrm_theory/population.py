@@ -30,6 +30,7 @@ __all__ = [
     "LOSSES",
     "AdditiveMoments",
     "additive_moments",
+    "forbidden",
     "noise_floor",
     "population_loss",
     "residual_terms",
@@ -157,11 +158,11 @@ def _mixed(
         check_policy(mdp, log_policy, "behaviour")
         if weight > 0:
             d = occupancy(mdp, log_policy)
-            terms.append(weight * torch.where(_forbidden(mdp, d), torch.inf, expected(log_policy, d)))
+            terms.append(weight * torch.where(forbidden(mdp, d), torch.inf, expected(log_policy, d)))
     return _sum(terms)
 
 
-def _forbidden(mdp: RegularizedMDP, d: Occupancy) -> Bool[Tensor, "..."]:
+def forbidden(mdp: RegularizedMDP, d: Occupancy) -> Bool[Tensor, "..."]:
     """Whether actions that do not exist are ever taken."""
     layers = [((mass > 0) & ~valid).flatten(-2).any(-1) for mass, valid in zip(d.state_action, mdp.valid, strict=True)]
     return torch.stack(torch.broadcast_tensors(*layers)).any(0)

@@ -64,8 +64,11 @@ def theorem2_net(
         lipschitz: ``L_Θ``, of every logit in θ.
 
     Raises:
-        InvalidInputError: as :func:`theorem2_finite_sample`.
+        InvalidInputError: as :func:`theorem2_finite_sample`, or a negative horizon, ``lipschitz`` or ``epsilon``.
     """
+    for name, number in (("horizon", horizon), ("lipschitz", lipschitz), ("epsilon", epsilon)):
+        if not number >= 0:
+            raise InvalidInputError(name, f"expected no negative number, found {number}")
     net = theorem2_finite_sample(
         empirical_loss, residual_bound=residual_bound, class_size=net_size, count=count, delta=delta
     )
@@ -113,7 +116,7 @@ def finite_sample_loss(
         raise InvalidInputError("tilt", f"expected a positive number, found {tilt}")
     deviation = _per_trajectory(residual_bound, class_size, count, delta)
     if tilt == math.inf:
-        return torch.where(empirical_loss > 0, torch.inf, deviation)
+        return torch.where(empirical_loss == 0, deviation, empirical_loss * torch.inf)  # NaN stays NaN
     return (tilt * empirical_loss + deviation) / -math.expm1(-tilt)
 
 
@@ -138,8 +141,8 @@ def _per_trajectory(residual_bound: float, class_size: int, count: int, delta: f
     if not 0 < residual_bound < math.inf:
         raise InvalidInputError("residual_bound", f"expected a positive number, found {residual_bound}")
     for name, number in (("class_size", class_size), ("count", count)):
-        if number < 1:
+        if not number >= 1:
             raise InvalidInputError(name, f"expected at least 1, found {number}")
     if not 0 < delta < 1:
         raise InvalidInputError("delta", f"expected a number between 0 and 1, found {delta}")
-    return residual_bound**2 * math.log(class_size / delta) / count
+    return residual_bound * residual_bound * (math.log(class_size) - math.log(delta)) / count

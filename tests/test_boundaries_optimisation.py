@@ -276,3 +276,30 @@ def test_a_batch_or_an_unknown_loss_is_refused() -> None:
         conditioning.gauss_newton_matrix(mdp, zero, mdp.log_reference, loss="huber")
     with pytest.raises(InvalidInputError, match="batch"):
         conditioning.gauss_newton_matrix(mdp, tuple(t.unsqueeze(0) for t in zero), mdp.log_reference)
+
+
+def test_actions_that_do_not_exist_are_not_taken_for_data() -> None:
+    mdp = random_problem("deterministic", 1)
+    logits, good = random_logits(mdp, 2), random_policy(mdp, 3)
+    bad = tuple(torch.full_like(table, -math.log(table.shape[-1])) for table in good)
+    assert control_variate.corrected_loss(mdp, logits, bad) == math.inf
+    never = control_variate.corrected_loss(mdp, logits, MixtureBehaviour((1.0, 0.0), (good, bad)))
+    assert never.item() == pytest.approx(control_variate.corrected_loss(mdp, logits, good).item(), rel=1e-12)
+    for loss in population.LOSSES:
+        with pytest.raises(InvalidInputError, match="log_behaviour"):
+            conditioning.gauss_newton_matrix(mdp, logits, bad, loss=loss)
+
+
+def test_mass_on_actions_that_do_not_exist_carries_no_luck_on() -> None:
+    half = torch.full((1, 2), 0.5, dtype=torch.float64)
+    mdp = RegularizedMDP(
+        beta=1.0,
+        initial=torch.ones(1),
+        reward=[torch.zeros(1, 2), torch.tensor([[0.0, 0.0], [3.0, 1.0]])],
+        reference=[torch.tensor([[1.0, 0.0]]), torch.full((2, 2), 0.5)],
+        transitions=[DenseTransition(torch.tensor([[[0.5, 0.5], [0.1, 0.9]]], dtype=torch.float64))],
+    )
+    data = (half.log(), half.log().expand(2, 2))
+    luck = control_variate.noise_before(mdp, data)[1]
+    swing = float(dynamic_programming.solve(mdp).v[1].diff()) / 2
+    assert luck.tolist() == pytest.approx([0.25 * swing, -0.25 * swing], rel=1e-12)

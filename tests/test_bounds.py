@@ -141,3 +141,27 @@ def test_what_the_bounds_refuse() -> None:
     wrong = tuple(log - 1 for log in mdp.log_reference)
     with pytest.raises(InvalidInputError, match="log_mu"):
         support_problem(mdp, wrong)
+
+
+def test_a_batch_of_behaviours_with_a_memory_is_one_by_one() -> None:
+    mdp = random_problem("deterministic", 1)
+    logits, parts = random_logits(mdp, 2), [random_policy(mdp, seed) for seed in (3, 4)]
+    batch = tuple(torch.stack(tables) for tables in zip(*parts, strict=True))
+    found = centred_loss(mdp, logits, HistoryBehaviour(batch, repeat=0.4))
+    each = [centred_loss(mdp, logits, HistoryBehaviour(part, repeat=0.4)).item() for part in parts]
+    assert found.tolist() == pytest.approx(each, rel=1e-12)
+
+
+def test_data_with_actions_that_do_not_exist_bound_nothing() -> None:
+    """Their residual is infinite. Left out, the centred bound came out finite, and so did the one on the support."""
+    mdp, logits = random_problem("deterministic", 1), random_logits(random_problem("deterministic", 1), 2)
+    good = random_policy(mdp, 3)
+    bad = tuple(torch.full_like(table, -math.log(table.shape[-1])) for table in good)
+    rare = (*good[:-1], torch.tensor([[math.log1p(-1e-30), math.log(1e-30)]] * 2, dtype=torch.float64))
+    for data in (bad, rare, HistoryBehaviour(bad, repeat=0.3), MixtureBehaviour((0.5, 0.5), (good, bad))):
+        assert theorem2(mdp, logits, data) == theorem2_centred(mdp, logits, data) == math.inf
+        assert centred_loss(mdp, logits, data) == math.inf
+    with pytest.raises(InvalidInputError, match="log_mu"):
+        support_problem(mdp, bad)
+    never = MixtureBehaviour((1.0, 0.0), (good, bad))
+    assert centred_loss(mdp, logits, never).item() == pytest.approx(centred_loss(mdp, logits, good).item(), rel=1e-12)

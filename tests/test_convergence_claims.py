@@ -279,7 +279,11 @@ def test_bounds_are_what_the_theory_says() -> None:
     sharp = sample_bounds.finite_sample_loss(loss, class_size=10, **setting)
     assert sharp.tolist() == pytest.approx([1.255001 * 4 * exponent / 50, 2 + 1.255001 * 4 * exponent / 50], rel=1e-6)
     at_the_end = sample_bounds.finite_sample_loss(loss, class_size=10, tilt=math.inf, **setting)
-    assert at_the_end.tolist() == pytest.approx([4 * exponent / 50, math.inf])
+    assert at_the_end.tolist() == pytest.approx([4 * exponent / 50, math.inf], rel=1e-14)
+    unknown = torch.full((), math.nan, dtype=torch.float64)
+    assert sample_bounds.finite_sample_loss(unknown, class_size=10, tilt=math.inf, **setting).isnan()
+    many = sample_bounds.theorem2_noisy(class_size=10**1000, **setting)  # no double holds the class's size
+    assert many == pytest.approx(28 / 3 * 4 * (1000 * math.log(10) - math.log(0.05)) / 50)
 
 
 @pytest.mark.parametrize(
@@ -299,6 +303,16 @@ def test_bounds_refuse_what_makes_no_sense(change: dict[str, float], field: str)
     good: dict[str, Any] = {"residual_bound": 1.0, "class_size": 2, "count": 3, "delta": 0.5}
     with pytest.raises(InvalidInputError, match=field):
         sample_bounds.finite_sample_loss(torch.zeros(()), **(good | change))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("horizon", -1), ("lipschitz", -1.0), ("epsilon", -0.1), ("epsilon", math.nan)]
+)
+def test_a_net_is_not_negative(field: str, value: float) -> None:
+    good: dict[str, Any] = {"residual_bound": 1.0, "net_size": 2, "count": 3, "delta": 0.5}
+    good |= {"horizon": 2, "lipschitz": 1.0, "epsilon": 0.1}
+    with pytest.raises(InvalidInputError, match=field):
+        sample_bounds.theorem2_net(torch.zeros(()), **(good | {field: value}))
 
 
 def test_the_bound_for_what_fits_all_data_is_the_best_there_is() -> None:

@@ -328,3 +328,16 @@ def test_tables_that_are_no_policies_and_problems_too_large_are_refused() -> Non
     with pytest.raises(InvalidInputError, match="at most 3000 pairs"):
         second_moment(large, large.log_reference, large.log_reference)
     assert kappa(large, large.log_reference, large.log_reference).item() == 1.0
+
+
+@pytest.mark.parametrize("horizon", [1, 2])
+def test_a_batch_of_behaviours_with_a_memory_is_one_by_one(horizon: int) -> None:
+    """At H = 1 there are as many pairs as behaviours, so that their axes could be taken for each other."""
+    mdp = make("one-state", horizon=horizon, actions=2)
+    target, *parts = (random_policy(mdp, seed) for seed in range(3))
+    batch = tuple(torch.stack(tables) for tables in zip(*parts, strict=True))
+    found = change_of_measure(mdp, target, HistoryBehaviour(batch, repeat=0.5))
+    each = [change_of_measure(mdp, target, HistoryBehaviour(part, repeat=0.5)) for part in parts]
+    for name in ("kappa", "lemma1", "corollary6", "c_inf", "second_moment"):
+        expected = [getattr(one, name).item() for one in each]
+        assert getattr(found, name).tolist() == pytest.approx(expected, rel=1e-11), name

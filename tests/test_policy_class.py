@@ -14,7 +14,9 @@ from tbrm_theory.behaviours import MixtureBehaviour
 from tbrm_theory.coverage import c_inf, lemma1
 from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.families import make
+from tbrm_theory.mdp import RegularizedMDP
 from tbrm_theory.policy_class import largest_c_inf, largest_chi_square, largest_reach
+from tbrm_theory.transitions import DenseTransition
 from tests import reference as rf
 from tests.convert import plain
 
@@ -95,3 +97,21 @@ def test_mixtures_go_by_their_occupancies_and_batches_are_refused() -> None:
     batch = tuple(torch.stack(tables) for tables in zip(one, other, strict=True))
     with pytest.raises(InvalidInputError, match="found a batch"):
         largest_c_inf(mdp, batch)
+
+
+def test_what_is_infinite_behind_a_transition_of_probability_0_is_no_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One uncovered pair at the end, and kernels that lead to its state from some pairs only."""
+    monkeypatch.setattr(policy_class, "MOST_POLICIES", 1)
+    uniform = torch.full((2, 2), 0.5, dtype=torch.float64)
+    kernel = DenseTransition(torch.tensor([[[1, 0], [0.5, 0.5]], [[0, 1], [0, 1]]], dtype=torch.float64))
+    mdp = RegularizedMDP(
+        beta=1.0,
+        initial=torch.tensor([1.0, 0.0]),
+        reward=[torch.zeros(2, 2)] * 3,
+        reference=[uniform] * 3,
+        transitions=[kernel] * 2,
+    )
+    omitting = torch.tensor([[0.5, 0.5], [1.0, 0.0]], dtype=torch.float64).log()
+    assert largest_chi_square(mdp, (uniform.log(), uniform.log(), omitting)).upper == math.inf
+    covered = largest_chi_square(mdp, (uniform.log(),) * 3)
+    assert covered.lower <= covered.upper < math.inf

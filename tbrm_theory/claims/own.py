@@ -74,8 +74,9 @@ def theorem_2_on_the_support(case: Case) -> Comparison:
     which is finite. Left: both terms of O3.a over all trajectories. Right: ``support_bound``, whose docstring has the proof.
     """
     mu, _, inner, lost = _on_support(case)
-    right = bounds.support_bound(case.mdp, case.logits, mu)
-    scale = case.mdp.horizon * (_size(case) + right)
+    bound = bounds.support_bound(case.mdp, case.logits, mu)
+    right = torch.where(bound < torch.inf, bound, -torch.inf)  # an infinite one fails
+    scale = case.mdp.horizon * (_size(case) + bound)
     return Comparison(lost + inner, right, scale, 8 * case.sweep + 2 * case.listing, "at most")
 
 

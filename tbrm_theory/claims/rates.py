@@ -106,7 +106,8 @@ def gradient_bounds_the_loss(case: Case) -> Comparison:
     """deterministic, any data and returns: (4λ/K²)(L - min L) ≤ ‖∇L‖²
 
     Left: ``SampleObjective`` and ``least_squares_plan``; ``λ`` by eigenvalues. Right: ``derivatives``. *Proof.* In the
-    proof of C1.a the flow ``e_h`` is the sum over ``k ≤ h`` of what ``G_k`` sends through π to layer h. That has ℓ1-norm
+    proof of C1.a the flow ``e_h``, 0 on pairs without data, is the sum over ``k ≤ h`` of what ``G_k`` on pairs with data sends
+    through π and such pairs to layer h. That has ℓ1-norm
     at most ``‖G_k‖₁ ≤ √n_k ‖G_k‖₂``; and ``‖π(·|s) x(s)‖₂ ≤ ‖x‖₂``, while merging m pairs multiplies a 2-norm by at most
     ``√m``: ``‖e_h‖₂ ≤ Σ_k C_hk ‖G_k‖₂``, hence ``‖e‖₂ ≤ K ‖G‖₂``. With ``v = u - u*`` as in C1.d, ``e = M v`` and
     ``L - min L = vᵀ M v ≤ ‖M v‖²/λ = ‖e‖²/λ ≤ (K²/λ) ‖∇L‖²/4``. ∎
@@ -176,8 +177,9 @@ def gradient_descent_whatever_the_conditioning(case: Case) -> Comparison:
     """gradient descent, no noise: 1/L_k ≥ 1/L_0 + 2ηk/(n H² U²)
 
     ``n`` pairs with data, ``U`` the largest ``|u|`` on them along the way; nothing depends on ``λ``. Left:
-    ``L_k/L_0`` by ``SampleObjective``. Right: what the bound says of it. *Proof.* As O1.d, with ``‖∇L‖₂² ≥ ‖∇L‖₁²/n ≥
-    4L²/(n H² U²)`` by C1.a, and ``1/(L - x) ≥ 1/L + x/L²``. ∎ For gradient flow, twice as fast: ``1/L(t) ≥ 1/L_0 +
+    ``L_k/L_0`` by ``SampleObjective``. Right: what the bound says of it. *Proof.* As O1.d, with ``‖∇L‖₂² ≥ ‖∇'L‖₁²/n ≥
+    4L²/(n H² U²)``, ``∇'`` the gradient on the n pairs, which is all that C1.a's proof needs of it since ``e_h`` is 0
+    elsewhere; and ``1/(L - x) ≥ 1/L + x/L²``. ∎ For gradient flow, twice as fast: ``1/L(t) ≥ 1/L_0 +
     4t/(n H² U²)``.
     """
     run = descent(case.seed, False)
