@@ -59,7 +59,11 @@ def _law(case: Case, log_policy: PerLayerStateAction) -> Tensor:
 
 
 def _coefficients(case: Case, left: Tensor, right: Tensor, condition: Tensor | float = 1.0) -> Comparison:
-    """Two coefficients of (π, μ). Each is a sum of positive terms that are quotients of probabilities of trajectories."""
+    """Two coefficients of (π, μ). Each is a sum of positive terms that are quotients of probabilities of trajectories.
+
+    ``condition`` is that of a moment matrix scaled to unit diagonal; at most ``H`` for Markov data on deterministic transitions (the
+    proof is in ``optimisers``).
+    """
     logs = [case.listed.log_law(log) for log in (case.other_policy, case.log_behaviour)]
     largest = [torch.where(log > -torch.inf, log.abs(), 0.0).amax(-1) for log in logs]
     scale = right.abs() * (1 + 2 * (largest[0] + largest[1])) * condition
@@ -295,9 +299,8 @@ def second_moment_on_trees(case: Case) -> Comparison:
     Left: ``second_moment``. Right: the largest ratio of counted occupancies. *Proof.* Every function of a trajectory is additive on a
     tree, in particular the indicator of the trajectory with the largest ratio. ∎
     """
-    _, condition = by_hand.largest_second_moment(case, case.other_policy, case.log_behaviour)
     left = coverage.second_moment(case.mdp, case.other_policy, case.log_behaviour)
-    return _coefficients(case, left, _largest_ratio(case), condition)
+    return _coefficients(case, left, _largest_ratio(case), case.mdp.horizon)
 
 
 def sharp_family(
@@ -357,5 +360,4 @@ def second_moment_bound_is_sharp(case: Case) -> Comparison:
     g = case.log_behaviour[1][..., 1, 0].exp()
     horizon = case.mdp.horizon
     left = coverage.second_moment(case.mdp, case.other_policy, case.log_behaviour)
-    condition = by_hand.largest_second_moment(case, case.other_policy, case.log_behaviour)[1]
-    return _coefficients(case, left, ratio * (horizon - (horizon - 1) * g), condition)
+    return _coefficients(case, left, ratio * (horizon - (horizon - 1) * g), horizon)

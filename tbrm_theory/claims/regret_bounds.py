@@ -237,8 +237,7 @@ def variances_by_the_second_moment(case: Case) -> Comparison:
     mean = by_hand.mean_by_start(case, log_law, f)[..., case.listed.states[:, 0]]
     variance = by_hand.expectation(log_law, (f - mean).square())
     right = coverage.second_moment(case.mdp, path, case.log_behaviour) * variance
-    condition = by_hand.largest_second_moment(case, case.log_behaviour, case.log_behaviour)[1]
-    scale = right * condition + terms(case, case.logits).amax(-1).square()
+    scale = right * case.mdp.horizon + terms(case, case.logits).amax(-1).square()  # H: the condition of M_μ
     return Comparison(left, right, scale, 4 * case.sweep + 2 * case.listing, "at most")
 
 

@@ -161,23 +161,28 @@ def verify(
         if progress is not None:
             progress(sum(outcome.instances for outcome in outcomes.values()), sum(wanted.values()))
 
+    chunks = [
+        ([c for c in sharing if start < wanted[c.id]], range(seed + start, seed + min(start + _CHUNK, instances)))
+        for sharing in _by_problem(own)
+        for start in range(0, max(wanted[c.id] for c in sharing), _CHUNK)
+    ]
+    rest = [joblib.delayed(_on_own)(some, seeds) for some, seeds in chunks]
     with joblib.Parallel(n_jobs=workers, return_as="generator") as run:
         for turn in range(instances):
             pending = [c for c in claims if c.problem is None and outcomes[c.id].instances < instances]
             if not pending:
                 break
-            for attempts in run(joblib.delayed(_on_family)(pending, name, seed + turn, file) for name in names):
+            tasks = [joblib.delayed(_on_family)(pending, name, seed + turn, file) for name in names]
+            beside, rest = rest[:_BESIDE], rest[_BESIDE:]
+            for attempts in run(tasks + beside):
                 count(attempts)
-        chunks = [
-            ([c for c in sharing if start < wanted[c.id]], range(seed + start, seed + min(start + _CHUNK, instances)))
-            for sharing in _by_problem(own)
-            for start in range(0, max(wanted[c.id] for c in sharing), _CHUNK)
-        ]
-        for attempts in run(joblib.delayed(_on_own)(some, seeds) for some, seeds in chunks):
+        for attempts in run(rest):
             count(attempts)
     return outcomes
 
 
+_BESIDE = 16
+"""Tasks on problems of their own beside a turn of the families, so that no process waits for the turn to end."""
 _CHUNK = 20
 """Problems of their own that claims are tried on in one task."""
 
