@@ -300,7 +300,7 @@ def second_moment_on_trees(case: Case) -> Comparison:
     tree, in particular the indicator of the trajectory with the largest ratio. ∎
     """
     left = coverage.second_moment(case.mdp, case.other_policy, case.log_behaviour)
-    return _coefficients(case, left, _largest_ratio(case), case.mdp.horizon)
+    return _coefficients(case, left, _largest_ratio(case), float(case.mdp.horizon))
 
 
 def sharp_family(
@@ -360,4 +360,4 @@ def second_moment_bound_is_sharp(case: Case) -> Comparison:
     g = case.log_behaviour[1][..., 1, 0].exp()
     horizon = case.mdp.horizon
     left = coverage.second_moment(case.mdp, case.other_policy, case.log_behaviour)
-    return _coefficients(case, left, ratio * (horizon - (horizon - 1) * g), horizon)
+    return _coefficients(case, left, ratio * (horizon - (horizon - 1) * g), float(horizon))
