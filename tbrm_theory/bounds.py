@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from tbrm_theory.behaviours import Behaviour
-from tbrm_theory.coverage import Data, data_behaviour, kappa
+from tbrm_theory.coverage import Data, data_behaviour, kappa, kappa_excess
 from tbrm_theory.dynamic_programming import (
     Solution,
     admissible_logits,
@@ -71,7 +71,7 @@ def theorem2(
     Raises:
         InvalidInputError: stochastic transitions, for which the bound is not claimed; malformed logits or data.
     """
-    roots = [coefficient.sqrt() for coefficient in _both_kappas(mdp, logits, mu, solution)]
+    roots = [coefficient.sqrt() for coefficient in _of_both(kappa, mdp, logits, mu, solution)]
     loss = population_loss(mdp, logits, data_behaviour(mdp, mu))
     return _product(mdp, roots, loss)
 
@@ -85,7 +85,7 @@ def theorem2_centred(
     left side of B4. For ``g = f - c`` and any number ``t``, ``κ ≥ (E_π g + t)²/(E_μ g² + t²)``, since ``E_μ g = 0``; the best ``t``
     gives ``κ ≥ 1 + (E_π g)²/E_μ g²``. ∎
     """
-    roots = [(coefficient - 1).clamp(min=0).sqrt() for coefficient in _both_kappas(mdp, logits, mu, solution)]
+    roots = [excess.sqrt() for excess in _of_both(kappa_excess, mdp, logits, mu, solution)]
     return _product(mdp, roots, centred_loss(mdp, logits, mu))
 
 
@@ -178,15 +178,19 @@ def path_policy(
     return tuple(soft_policy(table) for table in soft_plan(mdp, tilted))
 
 
-def _both_kappas(
-    mdp: RegularizedMDP, logits: PerLayerStateAction, mu: Data, solution: Solution | None
+def _of_both(
+    coefficient: Callable[[RegularizedMDP, PerLayerStateAction, Data], Scalars],
+    mdp: RegularizedMDP,
+    logits: PerLayerStateAction,
+    mu: Data,
+    solution: Solution | None,
 ) -> tuple[Scalars, Scalars]:
-    """``κ(π*,μ)`` and ``κ(π_θ,μ)``, with the data looked at once."""
+    """A coefficient of ``(π*,μ)`` and of ``(π_θ,μ)``, with the data looked at once."""
     _check_deterministic(mdp)
     policy = tuple(soft_policy(table) for table in admissible_logits(mdp, logits))
     star = (solution or solve(mdp)).log_policy
     pairs = [torch.stack(torch.broadcast_tensors(*tables)) for tables in zip(star, policy, strict=True)]
-    both = kappa(mdp, tuple(pairs), mu)
+    both = coefficient(mdp, tuple(pairs), mu)
     return both[0], both[1]
 
 

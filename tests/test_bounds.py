@@ -165,3 +165,13 @@ def test_data_with_actions_that_do_not_exist_bound_nothing() -> None:
         support_problem(mdp, bad)
     never = MixtureBehaviour((1.0, 0.0), (good, bad))
     assert centred_loss(mdp, logits, never).item() == pytest.approx(centred_loss(mdp, logits, good).item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("distance", [1e-3, 1e-7, 1e-12])
+def test_beside_the_data_s_policy_the_centred_bound_is_twice_the_regret(distance: float) -> None:
+    """Optimal data and logits a little off: ``κ - 1`` is of the size of ``distance²``, which 1 would swallow."""
+    half = torch.full((1, 2), 0.5, dtype=torch.float64)
+    mdp = RegularizedMDP(beta=1.0, initial=torch.ones(1), reward=[torch.zeros(1, 2)], reference=[half], transitions=[])
+    logits = torch.tensor([[distance, 0.0]], dtype=torch.float64)
+    bound = theorem2_centred(mdp, (logits,), (half.log(),))
+    assert bound.item() == pytest.approx(distance**2 / 4, rel=max(1e-3, 1e-15 / distance))
