@@ -12,6 +12,7 @@ beyond the largest double, and not because something underflowed. All functions 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -23,8 +24,9 @@ from tbrm_theory.behaviours import Behaviour, MarkovBehaviour
 from tbrm_theory.dynamic_programming import check_policy
 from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.mdp import RegularizedMDP
-from tbrm_theory.moments import largest_mean_square, largest_second_moment, moment_form
+from tbrm_theory.moments import MomentForm, largest_mean_square, largest_second_moment, moment_form
 from tbrm_theory.occupancy import LogOccupancy, enumerate_trajectories, log_occupancy
+from tbrm_theory.rigor.coverage import exact_suprema
 from tbrm_theory.shapes import PerLayerStateAction, Scalars
 
 __all__ = [
@@ -43,6 +45,9 @@ __all__ = [
     "optimal_test_function",
     "second_moment",
 ]
+
+MOST_CONDITION = 1e8
+"""Moment matrices that are closer to singular are left to rational arithmetic."""
 
 Data: TypeAlias = PerLayerStateAction | Behaviour
 """Tables ``log μ`` of a Markov policy, or any behaviour."""
@@ -111,17 +116,45 @@ def kappa_excess(mdp: RegularizedMDP, log_pi: PerLayerStateAction, mu: Data) -> 
 def kappa_linear_solve(mdp: RegularizedMDP, log_pi: PerLayerStateAction, mu: Data) -> Scalars:
     """``κ(π,μ) = vᵀ M⁺ v`` (I12), for any data.
 
-    Its relative error is about 2e-16 times the condition number, ``moment_form(mdp, mu).condition``: where that is beyond 1e15, as
-    for mixtures of policies that all but never cross, the number means nothing.
+    Its relative error is about 2e-16 times the condition number of ``M``. A mixture of policies that all but never cross makes that
+    so large that float64 says nothing; then it is found in rational arithmetic, without a gradient.
+
+    Raises:
+        InvalidInputError: that happens to data without components, or with batch dimensions.
     """
     pi, data = _checked(mdp, log_pi), data_behaviour(mdp, mu)
-    return largest_mean_square(moment_form(mdp, data), log_occupancy(mdp, pi).state_action)
+    form = moment_form(mdp, data)
+    found = largest_mean_square(form, log_occupancy(mdp, pi).state_action)
+    return _exactly(mdp, pi, data, found, 0) if _hopeless(form, found) else found
 
 
 def second_moment(mdp: RegularizedMDP, log_pi: PerLayerStateAction, mu: Data) -> Scalars:
-    """``Λ(π,μ)`` (B3), the largest generalised eigenvalue of the moment matrices of ``π`` and ``μ``."""
+    """``Λ(π,μ)`` (B3), the largest generalised eigenvalue of the moment matrices of ``π`` and ``μ``.
+
+    Its accuracy, and what is done where it is lost, are those of :func:`kappa_linear_solve`.
+    """
     pi, data = _checked(mdp, log_pi), data_behaviour(mdp, mu)
-    return largest_second_moment(moment_form(mdp, data), moment_form(mdp, MarkovBehaviour(pi)))
+    form = moment_form(mdp, data)
+    found = largest_second_moment(form, moment_form(mdp, MarkovBehaviour(pi)))
+    return _exactly(mdp, pi, data, found, 1) if _hopeless(form, found) else found
+
+
+def _hopeless(form: MomentForm, found: Scalars) -> bool:
+    """Whether a finite coefficient of this matrix has fewer than some eight digits."""
+    return bool(((form.condition > MOST_CONDITION) & (found < torch.inf)).any())
+
+
+def _exactly(mdp: RegularizedMDP, pi: PerLayerStateAction, data: Behaviour, found: Scalars, which: int) -> Scalars:
+    """κ (0) or Λ (1) of each target in rational arithmetic, where they are finite."""
+    if data.components is None or mdp.batch_shape or any(t.dim() > 2 for _, mu in data.components for t in mu):
+        raise InvalidInputError("mu", f"expected data whose moment matrix has a condition below {MOST_CONDITION:g}")
+    batch = found.shape
+    rows = [table.expand(*batch, *table.shape[-2:]).reshape(-1, *table.shape[-2:]) for table in pi]
+    values = [
+        exact_suprema(mdp, tuple(table[i] for table in rows), data.components)[which] if bool(finite) else math.inf
+        for i, finite in enumerate((found < math.inf).flatten())
+    ]
+    return torch.tensor(values, dtype=found.dtype, device=found.device).reshape(batch)
 
 
 def kappa_closed_form(mdp: RegularizedMDP, log_pi: PerLayerStateAction, log_mu: PerLayerStateAction) -> Scalars:

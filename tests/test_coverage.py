@@ -163,15 +163,40 @@ def two_steps(first: Sequence[float], second: Sequence[float]) -> Policy:
     return tuple(torch.tensor([row], dtype=torch.float64).log() for row in (first, second))
 
 
-@pytest.mark.parametrize(("flip", "expected"), [(0.0, math.inf), (1 / 64, 2111 / 63), (0.5, 4.0)])
+@pytest.mark.parametrize(("flip", "expected"), [(0.0, math.inf), (1 / 64, 2111 / 63), (0.5, 3.0)])
 def test_x1_a_mixture_on_one_state_per_layer(flip: float, expected: float) -> None:
     mdp = make("one-state", seed=0, horizon=2, actions=2)
     keep = [1 - flip, flip]
     mixture = MixtureBehaviour((0.5, 0.5), (two_steps(keep, keep), two_steps(keep[::-1], keep[::-1])))
     found = change_of_measure(mdp, two_steps([1, 0], [0, 1]), mixture)
-    assert found.kappa.item() == pytest.approx(expected if flip < 0.5 else 3.0, rel=1e-12)
+    assert found.kappa.item() == pytest.approx(expected, rel=1e-12)
     assert found.lemma1.item() == pytest.approx(3, rel=1e-12)
     assert found.corollary6.item() == pytest.approx(4, rel=1e-12)
+
+
+@pytest.mark.parametrize("exponent", [20, 25, 30, 60, 200])
+def test_mixtures_that_all_but_never_cross_are_left_to_rationals(exponent: int) -> None:
+    """κ = 1 + 1/(2p(1-p)) (X1); float64 would find 2e31 at p = 2^-60. The second moment is the same, its worst f being κ's."""
+    mdp, flip = make("one-state", seed=0, horizon=2, actions=2), 2.0**-exponent
+    keep = [1 - flip, flip]
+    mixture = MixtureBehaviour((0.5, 0.5), (two_steps(keep, keep), two_steps(keep[::-1], keep[::-1])))
+    pi = two_steps([1, 0], [0, 1])
+    expected, tolerance = 1 + 1 / (2 * flip * (1 - flip)), 1e-7 if exponent == 25 else 1e-9
+    both = tuple(torch.stack([table, table.flip(-1)]) for table in pi)
+    assert kappa(mdp, both, mixture).tolist() == pytest.approx([expected] * 2, rel=tolerance)
+    assert second_moment(mdp, pi, mixture).item() == pytest.approx(expected, rel=tolerance)
+    inside = two_steps([0.5, 0.5], [0.5, 0.5])  # its value is not small, and was as wrong
+    law_mu = rf.mixture_law(
+        rational_problem(mdp), [(Fraction(1, 2), rational_policy(mdp, part)) for part in mixture.log_policies]
+    )
+    assert relative(kappa(mdp, inside, mixture), rf.kappa_by_sup(rational_law(mdp, inside), law_mu)) < tolerance
+
+
+def test_data_without_components_that_float64_cannot_resolve_are_refused() -> None:
+    mdp = make("one-state", seed=0, horizon=2, actions=2)
+    history = HistoryBehaviour(two_steps([0.5, 0.5], [0.5, 0.5]), repeat=1 - 2.0**-48)
+    with pytest.raises(InvalidInputError, match="condition below"):
+        kappa(mdp, two_steps([1, 0], [0, 1]), history)
 
 
 @pytest.mark.parametrize("probability", [1e-12, 1e-100, 1e-200])

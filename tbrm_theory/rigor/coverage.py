@@ -10,15 +10,22 @@ import functools
 from collections.abc import Sequence
 from typing import cast
 
+import torch
 from flint import arb, arb_mat, ctx, fmpq, fmpq_mat, fmpz
 
-from tbrm_theory.rigor.decision import INFINITY, Number, is_infinite
-from tbrm_theory.rigor.problem import Component, ExactProblem, Table, occupancy_of_states, rational_moments
+from tbrm_theory.behaviours import Components
+from tbrm_theory.errors import InvalidInputError
+from tbrm_theory.instance import Instance
+from tbrm_theory.mdp import RegularizedMDP
+from tbrm_theory.rigor.decision import INFINITY, Number, enclosure, is_infinite
+from tbrm_theory.rigor.problem import Component, ExactProblem, Table, occupancy, occupancy_of_states, rational_moments
+from tbrm_theory.shapes import PerLayerStateAction
 
 __all__ = [
     "DataMoments",
     "chi_squares",
     "closed_form",
+    "exact_suprema",
     "is_positive_semidefinite",
     "largest_ratio",
     "top_eigenvalue",
@@ -163,6 +170,31 @@ class DataMoments:
     def second_moment_at_most(self, target: fmpq_mat, bound: fmpq) -> bool:
         """Whether ``Λ ≤ bound``, where it is finite: whether ``bound·M - target`` is positive semidefinite."""
         return is_positive_semidefinite(bound * self.on_basis - _principal(target.tolist(), self.basis))
+
+
+def exact_suprema(mdp: RegularizedMDP, log_pi: PerLayerStateAction, components: Components) -> tuple[float, float]:
+    """``κ(π,μ)`` and ``Λ(π,μ)`` of a mixture, to the last digits of a double, however singular its moment matrix is.
+
+    The probabilities are those of the tables as doubles. No batch dimensions.
+
+    Raises:
+        InvalidInputError: mass on actions that do not exist, or a probability that is no double (a logarithm below some -745).
+    """
+    problem = ExactProblem(Instance(mdp))
+
+    def table(log_policy: PerLayerStateAction, where: str) -> Table:
+        for h, (log, valid) in enumerate(zip(log_policy, mdp.valid, strict=True)):
+            taken = log > -torch.inf
+            if bool((taken & (~valid | (log.exp() == 0))).any()):
+                raise InvalidInputError(f"{where}[{h}]", "expected probabilities of existing actions that are doubles")
+        return problem.distributions([log.exp() for log in log_policy])
+
+    pi = table(log_pi, "log_pi")
+    data = DataMoments(problem, [(fmpq(*w.as_integer_ratio()), table(mu, "mu")) for w, mu in components if w > 0])
+    kappa = data.kappa(occupancy(problem, pi))
+    target = rational_moments(problem, [(fmpq(1), pi)])
+    second = data.second_moment(target) if data.bounds_second_moments_of(target) else INFINITY
+    return enclosure(kappa)[0], enclosure(second)[0]
 
 
 def _principal(rows: list[list[fmpq]], basis: Sequence[int]) -> fmpq_mat:

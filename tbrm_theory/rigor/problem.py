@@ -71,7 +71,7 @@ class ExactProblem:
 
     @cached_property
     def reference(self) -> list[list[list[fmpq]]]:
-        return self._policy(self.instance.mdp.reference)
+        return self.distributions(self.instance.mdp.reference)
 
     @cached_property
     def successors(self) -> list[list[list[list[tuple[int, fmpq]]]]]:
@@ -125,7 +125,7 @@ class ExactProblem:
             raise InvalidInputError("policies.optimal", "expected a policy of rational numbers, found the optimum")
         if name not in self.instance.probabilities:
             raise InvalidInputError(f"policies.{name}", "expected this policy in the instance, found none")
-        table = self._policy(self.instance.probabilities[name])
+        table = self.distributions(self.instance.probabilities[name])
         for h, layer in enumerate(table):
             for s, row in enumerate(layer):
                 for a, probability in enumerate(row):
@@ -159,7 +159,8 @@ class ExactProblem:
             for h, table in enumerate(tables)
         ]
 
-    def _policy(self, tables: Sequence[Tensor]) -> list[list[list[fmpq]]]:
+    def distributions(self, tables: Sequence[Tensor]) -> list[list[list[fmpq]]]:
+        """Tables of probabilities, each row divided by its exact sum."""
         return [[_distribution(row) for row in self.instance.mdp.rows(h, table)] for h, table in enumerate(tables)]
 
 
