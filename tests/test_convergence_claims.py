@@ -17,6 +17,7 @@ from torch import Tensor
 from tbrm_theory import dynamic_programming, losses, objectives, optimisers, population, sample_bounds
 from tbrm_theory.claims import (
     cases,
+    contrasts,
     convergence,
     counterexamples,
     finite_sample,
@@ -40,6 +41,7 @@ CACHES = (
     counterexamples.linear_logits,
     finite_sample.noise_free,
     finite_sample.noisy,
+    contrasts.noisy_contrast,
     rates.descent,
 )
 
@@ -112,7 +114,7 @@ BUGS: dict[str, Plant] = {
     "C4.a": planted(optimisers, "soft_plan", scaled_plan),
     "C4.b": planted(population, "soft_plan", scaled_plan),
     "C4.c": planted(dynamic_programming, "regret", shifted(1.0)),
-    "C4.d": planted(dynamic_programming, "regret", scaled(1e6)),
+    "C4.d": planted(sample_bounds, "theorem2_noisy", scaled(0.1)),
     "O1.a": planted(objectives, "tbrm_residual", scaled(100)),
     "O1.b": planted(rates, "moment_matrix", scaled(0.1)),
     "O1.c": planted(ListedLoss, "hessian", scaled(100)),

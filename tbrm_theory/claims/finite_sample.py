@@ -31,7 +31,19 @@ from tbrm_theory.random_tables import seeded
 from tbrm_theory.shapes import PerLayerStateAction
 from tbrm_theory.statistics import CHECK_FAILURE_RATE, binomial_interval
 
-__all__ = ["DATA_SETS", "DELTA", "Setting", "Trial", "failures", "noise_free", "noisy", "noisy_case"]
+__all__ = [
+    "DATA_SETS",
+    "DELTA",
+    "Setting",
+    "Trial",
+    "above_one",
+    "draw_counts",
+    "failures",
+    "members",
+    "noise_free",
+    "noisy",
+    "noisy_case",
+]
 
 DATA_SETS = 10_000
 DELTA = 0.1
@@ -108,9 +120,9 @@ def noise_free(seed: int) -> Trial:
     generator = seeded(seed)
     signs = 2 * torch.randint(2, law.shape, generator=generator).to(torch.float64) - 1
     exponent = math.log((len(law) + 1) / DELTA)
-    count = math.ceil(EXPECTED_SIGHTINGS[seed // len(SHAPES) % 4] * exponent / law.min().item() * _above_one(generator))
-    plus = _draw(seed, count, law)
-    return Trial(case, log_behaviour, _members(case, signs.diag()), count, 0.0, plus, torch.zeros_like(plus))
+    count = math.ceil(EXPECTED_SIGHTINGS[seed // len(SHAPES) % 4] * exponent / law.min().item() * above_one(generator))
+    plus = draw_counts(seed, count, law)
+    return Trial(case, log_behaviour, members(case, signs.diag()), count, 0.0, plus, torch.zeros_like(plus))
 
 
 @lru_cache(maxsize=4)
@@ -120,12 +132,12 @@ def noisy(seed: int) -> Trial:
     generator = seeded(seed)
     signs = 2 * torch.randint(2, (len(law), len(law)), generator=generator).to(torch.float64) - 1
     count = int(10 ** (2 + 4 * torch.rand((), generator=generator).item()))
-    constant = NOISY_CONSTANTS[seed // len(SHAPES) % 3] * _above_one(generator)
+    constant = NOISY_CONSTANTS[seed // len(SHAPES) % 3] * above_one(generator)
     share = min(
         0.9, math.sqrt(constant * math.log((len(law) + 1) / DELTA) / count)
     )  # of B that f̄ is; noise is the rest
-    plus, minus = _draw(seed, count, torch.cat([law, law]) / 2).split(len(law), dim=-1)
-    return Trial(case, log_behaviour, _members(case, share * signs), count, 1 - share, plus, minus)
+    plus, minus = draw_counts(seed, count, torch.cat([law, law]) / 2).split(len(law), dim=-1)
+    return Trial(case, log_behaviour, members(case, share * signs), count, 1 - share, plus, minus)
 
 
 def _tree(seed: int) -> tuple[Case, PerLayerStateAction, Float[Tensor, " trajectories"]]:
@@ -138,16 +150,17 @@ def _tree(seed: int) -> tuple[Case, PerLayerStateAction, Float[Tensor, " traject
     return case, log_behaviour, law / law.sum()
 
 
-def _above_one(generator: torch.Generator) -> float:
+def above_one(generator: torch.Generator) -> float:
+    """Up to 5 % more than 1."""
     return 1 + 0.05 * torch.rand((), generator=generator, dtype=torch.float64).item()
 
 
-def _draw(seed: int, count: int, law: Tensor) -> Float[Tensor, "data_sets outcomes"]:
+def draw_counts(seed: int, count: int, law: Tensor) -> Float[Tensor, "data_sets outcomes"]:
     """The counts of ``count`` independent outcomes, for each data set."""
     return torch.from_numpy(np.random.default_rng(seed).multinomial(count, law.numpy(), DATA_SETS).astype(np.float64))
 
 
-def _members(case: Case, f: Float[Tensor, "members trajectories"]) -> PerLayerStateAction:
+def members(case: Case, f: Float[Tensor, "members trajectories"]) -> PerLayerStateAction:
     """The optimum, and logits with these residuals: the soft plan of ``R_β`` with ``f`` added at the pair that ends a trajectory."""
     f = torch.cat([torch.zeros_like(f[:1]), f])
     tables = [torch.where(valid, r, 0.0) for valid, r in zip(case.mdp.valid, case.mdp.regularized_reward, strict=True)]
