@@ -80,7 +80,13 @@ def spectrum(
 
     Args:
         scaled: of the matrix scaled to a unit diagonal, as an optimiser with a step size for each parameter sees it.
+
+    Raises:
+        InvalidInputError: as :func:`gauss_newton_matrix`, or data that leave out actions in a state that they reach.
     """
+    for h, (mass, valid) in enumerate(zip(occupancy(mdp, log_behaviour).state_action, mdp.valid, strict=True)):
+        if bool(((mass == 0) & valid & (mass > 0).any(-1, keepdim=True)).any()):
+            raise InvalidInputError(f"log_behaviour[{h}]", "expected every action of the states that are reached")
     matrix = gauss_newton_matrix(mdp, logits, log_behaviour, loss=loss)
     kept, gauge = _support(mdp, log_behaviour, loss)
     matrix = matrix[kept][:, kept]

@@ -303,3 +303,12 @@ def test_mass_on_actions_that_do_not_exist_carries_no_luck_on() -> None:
     luck = control_variate.noise_before(mdp, data)[1]
     swing = float(dynamic_programming.solve(mdp).v[1].diff()) / 2
     assert luck.tolist() == pytest.approx([0.25 * swing, -0.25 * swing], rel=1e-12)
+
+
+def test_a_spectrum_of_data_that_leave_out_actions_is_refused() -> None:
+    mdp = random_problem("deterministic", 1)
+    one = tuple(
+        torch.where(log == log.amax(-1, keepdim=True), 0.0, -torch.inf).double() for log in random_policy(mdp, 3)
+    )
+    with pytest.raises(InvalidInputError, match=r"log_behaviour\[0\]: expected every action"):
+        conditioning.spectrum(mdp, random_logits(mdp, 2), one)

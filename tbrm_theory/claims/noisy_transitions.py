@@ -90,6 +90,10 @@ def _small_noisy(seed: int) -> Case:
     return next(c for c in cases_in_turn(seed, _NOISY) if not any(why(c) for why in usable))
 
 
+STEPS = 12
+"""Step lengths that are tried; beyond them what the slope promises would drown in rounding."""
+
+
 @claim("X2.a", source="own", requires=[stochastic, values_differ, downhill], problem=_noisy, problems=200)
 def optimum_is_no_minimum(case: Case) -> Comparison:
     """stochastic: min L_μ ≤ L_μ(θ*) - t‖∇L_μ(θ*)‖²/4 < L_μ(θ*) for some t > 0
@@ -105,7 +109,7 @@ def optimum_is_no_minimum(case: Case) -> Comparison:
     floor = population.noise_floor(case.mdp, case.log_behaviour)
     left, right, step = torch.zeros_like(square), torch.zeros_like(square), torch.ones_like(square)
     pending = torch.ones_like(square, dtype=torch.bool)
-    for _ in range(30):
+    for _ in range(STEPS):
         moved = tuple(q - step[:, None, None] * table for q, table in zip(case.solution.q, slope, strict=True))
         loss = by_hand.expectation(log_law, by_hand.residual(case, moved).square())
         left, right = torch.where(pending, loss, left), torch.where(pending, floor - step * square / 4, right)
@@ -190,8 +194,8 @@ def optimum_may_be_a_saddle(case: Case) -> Comparison:
 def luck_is_taken_for_skill(case: Case) -> Comparison:
     """a wrong policy is stationary: log π/π* = π m/μ + c(s), m(s) the luck of state s
 
-    where the mean of ``m`` over states is 0: in a lucky state (``m < 0``) π is flatter than π*, in an unlucky one
-    steeper. Left: autograd through ``population_loss``. Right: 0. *Proof.* ``½∂L/∂logit(s,a) = e(s,a) - π(a|s) e(s)``
+    where the mean of ``m`` over states is 0: for uniform μ, π is flatter than π* in a lucky state (``m < 0``), steeper in
+    an unlucky one. Left: autograd through ``population_loss``. Right: 0. *Proof.* ``½∂L/∂logit(s,a) = e(s,a) - π(a|s) e(s)``
     with ``e(s,a) = P(s) μ f = P(s) π m`` and ``e(s) = P(s) m``, which is 0; and in the first layer ``½∂L = Σ_s P(s)
     m(s) = 0``. ∎
     """

@@ -40,10 +40,12 @@ def _size(case: Case) -> Tensor:
     return case.mdp.beta * (terms(case, case.logits) + optimal).amax(-1)
 
 
-def _bound(case: Case, right: Tensor, left: Tensor | None = None) -> Comparison:
-    """A regret against what it is at most. Where the bound is infinite nothing is said."""
+def _bound(case: Case, right: Tensor, left: Tensor | None = None, *, may_be_infinite: bool = False) -> Comparison:
+    """A regret against what it is at most. An infinite bound says nothing, and fails unless the data omit something."""
     left = regret_by_hand(case) if left is None else left
     scale = _size(case) + torch.where(right < torch.inf, right, 0.0)
+    if not may_be_infinite:
+        right = torch.where(right < torch.inf, right, -torch.inf)
     return Comparison(left, right, scale, 4 * case.sweep + 4 * case.listing, "at most")
 
 
@@ -105,8 +107,9 @@ def theorem_2_for_any_data(case: Case) -> Comparison:
     Left: the regret. Right: ``theorem2`` for a mixture drawn once per episode, data with a memory, and a file of
     trajectories, by turns. *Proof.* κ is a supremum over ``f``, whatever ``μ`` is. ∎
     """
-    one = replace(case, logits=tuple(table[:1] for table in case.logits))
-    return _bound(one, bounds.theorem2(case.mdp, one.logits, other_data(case)), regret_by_hand(one))
+    one, data = replace(case, logits=tuple(table[:1] for table in case.logits)), other_data(case)
+    omits = bool((data.log_law(case.mdp, case.listed) == -torch.inf).any())
+    return _bound(one, bounds.theorem2(case.mdp, one.logits, data), may_be_infinite=omits)
 
 
 def other_data(case: Case) -> Behaviour:
