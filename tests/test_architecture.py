@@ -53,6 +53,7 @@ FLOORS = {
     "rigor": 3,
     "moments": 3,
     "policy_class": 3,
+    "feature_coverage": 3,
     "bounds": 3,
     "sample_bounds": 3,
     "control_variate": 3,

@@ -37,7 +37,7 @@ NUMBERS = [
     *(f"B{n}" for n in range(1, 8)),
     *(f"C{n}" for n in range(1, 5)),
     *(f"X{n}" for n in range(1, 8)),
-    *(f"O{n}" for n in range(1, 5)),
+    *(f"O{n}" for n in range(1, 6)),
 ]
 FEW = ["chain", "garnet", "deterministic-tree"]
 

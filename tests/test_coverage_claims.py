@@ -11,7 +11,7 @@ import torch
 from plants import Plant, check_that_the_verdict_turns, function, scaled
 from torch import Tensor
 
-from tbrm_theory import bounds, coverage, dynamic_programming, optimisers, policy_class, population
+from tbrm_theory import bounds, coverage, dynamic_programming, feature_coverage, optimisers, policy_class, population
 from tbrm_theory.claims import CLAIMS, Verdict, select, verify
 from tbrm_theory.claims.measure_change import sharp_family
 from tbrm_theory.claims.regret_bounds import bandit_of_theorem_2, regret_by_hand
@@ -66,6 +66,7 @@ BUGS: dict[str, Plant] = {
     "B2.b": function(coverage, "lemma1", scaled(1e3)),
     "B2.c": function(coverage, "kappa_closed_form", scaled(1e3)),
     "B2.d": function(coverage, "kappa_linear_solve", scaled(1 + 1e-9)),
+    "B2.e": function(policy_class, "largest_c_inf", scaled(0.3)),
     "B3.a": function(coverage, "c_inf", scaled(0.1)),
     "B3.b": function(coverage, "second_moment", scaled(1 + 1e-9)),
     "B3.c": function(coverage, "second_moment", scaled(1 + 1e-9)),
@@ -83,13 +84,31 @@ BUGS: dict[str, Plant] = {
     "B7.e": function(coverage, "c_inf", scaled(1e-3)),
     "O3.a": function(dynamic_programming, "regret", scaled(1 + 1e-9)),
     "O3.b": function(bounds, "support_bound", scaled(0.2)),
+    "O5.a": function(feature_coverage, "soft_plan", other_argument(1, stretched)),
+    "O5.b": function(feature_coverage, "class_kappa", scaled(1 + 1e-9)),
+    "O5.c": function(feature_coverage, "class_kappa", scaled(0.01)),
+    "O5.d": function(feature_coverage, "class_second_moment", scaled(0.3)),
+    "O5.e": function(feature_coverage, "class_kappa", scaled(3)),
     "O4": function(policy_class, "largest_c_inf", scaled(0.7)),
 }
 
 
 @pytest.mark.parametrize("claim_id", BUGS)
 def test_a_planted_bug_turns_the_verdict(claim_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    bounded = claim_id in ("I12.d", "B1.a", "B2.a", "B2.b", "B2.c", "B3.a", "B4.b", "B5.a", "B5.b", "B5.c", "B7.b")
+    bounded = claim_id in (
+        "I12.d",
+        "B1.a",
+        "B2.a",
+        "B2.b",
+        "B2.c",
+        "B2.e",
+        "B3.a",
+        "B4.b",
+        "B5.a",
+        "B5.b",
+        "B5.c",
+        "B7.b",
+    )
     families = FEW if bounded or claim_id.startswith(("B7", "O3")) else FEW[:3]
     check_that_the_verdict_turns(
         claim_id, BUGS[claim_id], monkeypatch, families, instances=8 if bounded or claim_id == "O4" else 4

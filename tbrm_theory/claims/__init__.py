@@ -14,6 +14,7 @@ from tbrm_theory.claims import (
     coverage_growth,
     finite_sample,
     identities,
+    linear_classes,
     linearisation,
     loss_identities,
     measure_change,
@@ -66,5 +67,6 @@ REGISTERED_IN = (
     outcome_reward,
     corrected_residual,
     own,
+    linear_classes,
 )
 """The modules whose import adds claims to :data:`CLAIMS`."""

@@ -11,9 +11,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tbrm_theory import coverage
+from tbrm_theory import coverage, policy_class
 from tbrm_theory.claims import by_hand
-from tbrm_theory.claims.cases import Case, case_of
+from tbrm_theory.claims.cases import DRAWS, Case, case_of
 from tbrm_theory.claims.comparison import Comparison
 from tbrm_theory.claims.registry import claim
 from tbrm_theory.mdp import RegularizedMDP
@@ -247,6 +247,18 @@ def corollary_6_is_attained(case: Case) -> Comparison:
     ratio = (-case.log_behaviour[0][..., 0, 0]).exp()
     left = coverage.kappa_linear_solve(case.mdp, case.other_policy, case.log_behaviour)
     return _coefficients(case, left, 1 + case.mdp.horizon * (ratio - 1))
+
+
+@claim("B2.e", source="own", requires=[few_pairs])
+def worst_policy_for_the_data(case: Case) -> Comparison:
+    """C_∞(π,μ) ≤ max_π C_∞(π,μ) = max_{h,s,a} max_π d^π_h(s)/d^μ_h(s,a)
+
+    Left: the largest ratio of counted occupancies, of a policy that leaves out actions. Right: ``largest_c_inf``, by dynamic
+    programming. *Proof.* A policy that goes to ``s`` as often as possible may take ``a`` there for certain. ∎
+    """
+    draws = [tuple(table[i] for table in case.log_behaviour) for i in range(DRAWS)]
+    worst = [policy_class.largest_c_inf(case.mdp, mu) for mu in draws]
+    return _at_most(case, _largest_ratio(case), torch.tensor(worst, dtype=torch.float64))
 
 
 def _largest_ratio(case: Case) -> Tensor:
