@@ -27,8 +27,9 @@ from rich.table import Table
 from rich.text import Text
 
 from tbrm_theory.claims.falsification import falsify
-from tbrm_theory.claims.falsify_command import finding_as_json, one_thread
+from tbrm_theory.claims.falsify_command import finding_as_json
 from tbrm_theory.claims.search_targets import TARGETS, Target, select_targets
+from tbrm_theory.claims.terminal import one_thread
 from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.json_fields import write_json
 from tbrm_theory.program import run_program

@@ -10,6 +10,7 @@ from reference import Law, Table, Trajectory
 from torch import Tensor
 
 from tbrm_theory.mdp import RegularizedMDP
+from tbrm_theory.parametrisations import Linear, Network, Parametrisation, Tabular, linear_features
 from tbrm_theory.shapes import PerLayerStateAction
 from tbrm_theory.statistics import chi_square_p_value
 from tbrm_theory.trajectories import TrajectoryBatch
@@ -98,3 +99,18 @@ def p_value(batch: TrajectoryBatch, law: Law) -> float:
     if not set(counts) <= set(law):
         return 0.0
     return chi_square_p_value([counts[trajectory] for trajectory in law], [float(p) for p in law.values()])
+
+
+def parametrisation(sort: str, mdp: RegularizedMDP) -> Parametrisation:
+    """A small one: ``tabular``, ``linear`` or ``network``, the same at every call."""
+
+    def generator() -> torch.Generator:
+        return torch.Generator().manual_seed(0)
+
+    match sort:
+        case "tabular":
+            return Tabular(mdp)
+        case "linear":
+            return Linear(mdp, linear_features(mdp, 5, generator(), realisable=True))
+        case _:
+            return Network(mdp, generator(), features=3, width=4)

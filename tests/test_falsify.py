@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tbrm_theory import cli
 from tbrm_theory.behaviours import MarkovBehaviour, MixtureBehaviour
-from tbrm_theory.claims import falsification, falsify_command
+from tbrm_theory.claims import falsification, falsify_command, terminal
 from tbrm_theory.claims.falsification import certified_ratio, falsify, ratio_of
 from tbrm_theory.claims.search_quantities import (
     c_inf,
@@ -484,6 +484,6 @@ def test_a_number_stands_for_its_parts() -> None:
 
 def test_the_number_of_threads_is_left_as_it_was() -> None:
     before = torch.get_num_threads()
-    with falsify_command.one_thread():
+    with terminal.one_thread():
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == before

@@ -29,7 +29,7 @@ from tbrm_theory.training import exact_regret
 from tbrm_theory.trajectories import TrajectoryBatch, sample_trajectories
 from tbrm_theory.transitions import DenseTransition
 from tests.convert import plain
-from tests.drawn import KINDS, as_tuples, random_policy, random_problem, short_answers
+from tests.drawn import KINDS, as_tuples, parametrisation, random_policy, random_problem, short_answers
 
 DENSE, MATRIX_FREE = 10_000, 0
 routes = pytest.mark.parametrize("route", [DENSE, MATRIX_FREE], ids=["dense", "matrix-free"])
@@ -39,16 +39,6 @@ every_sort = pytest.mark.parametrize("sort", ["tabular", "linear", "network"])
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def parametrisation(sort: str, mdp: RegularizedMDP) -> Parametrisation:
-    match sort:
-        case "tabular":
-            return Tabular(mdp)
-        case "linear":
-            return Linear(mdp, linear_features(mdp, 5, generator(), realisable=True))
-        case _:
-            return Network(mdp, generator(), features=3, width=4)
 
 
 def regrets(mdp: RegularizedMDP, map_: Parametrisation, theta: Tensor) -> Tensor:

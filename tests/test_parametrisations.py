@@ -18,14 +18,14 @@ from tbrm_theory.families import make
 from tbrm_theory.losses import tbrm_residual
 from tbrm_theory.mdp import RegularizedMDP
 from tbrm_theory.occupancy import enumerate_trajectories, flatten_tables
-from tbrm_theory.parametrisations import Linear, Network, Parametrisation, Tabular, linear_features
+from tbrm_theory.parametrisations import Linear, Network, Tabular, linear_features
 from tbrm_theory.population import population_loss
 from tbrm_theory.scores import table_scores
 from tbrm_theory.trajectories import TrajectoryBatch
 from tests import reference as rf
 from tests import strategies
 from tests.convert import plain
-from tests.drawn import KINDS, random_problem, short_answers
+from tests.drawn import KINDS, parametrisation, random_problem, short_answers
 
 CLOSE: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
 SORTS = ("tabular", "linear", "network")
@@ -34,16 +34,6 @@ every_sort = pytest.mark.parametrize("sort", SORTS)
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def parametrisation(sort: str, mdp: RegularizedMDP) -> Parametrisation:
-    match sort:
-        case "tabular":
-            return Tabular(mdp)
-        case "linear":
-            return Linear(mdp, linear_features(mdp, 5, generator(), realisable=True))
-        case _:
-            return Network(mdp, generator(), features=3, width=4)
 
 
 def flat_cells(mdp: RegularizedMDP) -> list[tuple[int, int, int]]:

@@ -5,7 +5,6 @@ Status 0: every claim holds on all that was tried; 1: one is violated; 2: none i
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,13 +13,13 @@ from typing import Any
 
 import joblib
 import rich.box
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from tbrm_theory.claims.registry import Claim, select
+from tbrm_theory.claims.terminal import console, one_thread
 from tbrm_theory.claims.verification import Outcome, Verdict, Worst, by_number, verify
 from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.families import FAMILIES
@@ -66,7 +65,7 @@ def verify_command(
         raise InvalidInputError("json", f"no folder {json.resolve().parent}")
     if json is not None and json.is_dir():
         raise InvalidInputError("json", f"expected a file to write, found the folder {json}")
-    with _one_thread(), _progress() as progress:
+    with one_thread(), _progress() as progress:
         task = progress.add_task("checking claims", total=None)
         outcomes = verify(
             chosen,
@@ -128,10 +127,10 @@ def _in_order(claim_id: str) -> tuple[str, int, str]:
 
 
 def _print(chosen: Sequence[Claim], outcomes: dict[str, Outcome]) -> None:
-    console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPED_WIDTH, highlight=False)
-    console.print(_table(chosen, outcomes))
+    output = console(_PIPED_WIDTH)
+    output.print(_table(chosen, outcomes))
     for claim in chosen:
-        _explain(console, claim, outcomes[claim.id])
+        _explain(output, claim, outcomes[claim.id])
 
 
 def _table(claims: Sequence[Claim], outcomes: dict[str, Outcome]) -> Table:
@@ -166,7 +165,7 @@ def _how_close(worst: Worst) -> str:
     return f"{worst.error:.1e}" if worst.error or worst.ratio is None else f"l/r {worst.ratio:.4g}"
 
 
-def _explain(console: Console, claim: Claim, outcome: Outcome) -> None:
+def _explain(output: Console, claim: Claim, outcome: Outcome) -> None:
     worst = outcome.worst
     if outcome.verdict is Verdict.VIOLATED and worst is not None:
         kind = "families" if worst.family in FAMILIES else "file"
@@ -175,9 +174,9 @@ def _explain(console: Console, claim: Claim, outcome: Outcome) -> None:
         found = (
             f"{claim.id} is violated on {outcome.violations} of {outcome.instances} instances; see one with: {again}"
         )
-        console.print(Text(found, style="bold red"))
+        output.print(Text(found, style="bold red"))
     elif outcome.verdict is Verdict.NOT_EXERCISED:
-        console.print(Text(f"{claim.id} was never exercised: no problem here is within its assumptions"))
+        output.print(Text(f"{claim.id} was never exercised: no problem here is within its assumptions"))
 
 
 @contextmanager
@@ -186,14 +185,3 @@ def _progress() -> Iterator[Progress]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         yield progress
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """The tables are small: more threads would wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -6,15 +6,12 @@ violation.
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import rich.box
-import torch
 from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
@@ -23,13 +20,14 @@ from rich.text import Text
 from tbrm_theory.claims.falsification import Finding, falsify
 from tbrm_theory.claims.search_space import Shape
 from tbrm_theory.claims.search_targets import TARGETS, Target, select_targets
+from tbrm_theory.claims.terminal import console, one_thread
 from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.instance import Instance
 from tbrm_theory.json_fields import write_json
 from tbrm_theory.results import plain_json
 from tbrm_theory.transitions import DeterministicTransition
 
-__all__ = ["falsify_command", "finding_as_json", "one_thread", "print_targets", "worst"]
+__all__ = ["falsify_command", "finding_as_json", "print_targets", "worst"]
 
 _PIPED_WIDTH = 160
 _Found = tuple[Target, Finding]
@@ -152,15 +150,15 @@ def print_targets() -> None:
     for target in TARGETS.values():
         horizons = ", ".join(str(shape.horizon) for shape in target.shapes)
         _row(table, target.id, "true" if target.true else "false", target.statement, horizons)
-    _console().print(table)
+    console(_PIPED_WIDTH).print(table)
 
 
 def _print(found: Sequence[_Found], target: Target, finding: Finding) -> None:
-    console = _console()
-    console.print(_findings_table(found))
-    console.print(Text(f"Worst instance, of {target.id} at horizon {finding.horizon}:"))
-    console.print(_instance_table(finding.instance))
-    console.print(Text(_conclusion(target, finding), style="bold red" if finding.violated else "green"))
+    output = console(_PIPED_WIDTH)
+    output.print(_findings_table(found))
+    output.print(Text(f"Worst instance, of {target.id} at horizon {finding.horizon}:"))
+    output.print(_instance_table(finding.instance))
+    output.print(Text(_conclusion(target, finding), style="bold red" if finding.violated else "green"))
 
 
 def _findings_table(found: Sequence[_Found]) -> Table:
@@ -223,18 +221,3 @@ def _table(title: str, *columns: str) -> Table:
 
 def _row(table: Table, *cells: object) -> None:
     table.add_row(*(Text(str(cell)) for cell in cells))
-
-
-def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPED_WIDTH, highlight=False)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """The tables are small: more threads would wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
