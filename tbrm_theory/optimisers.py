@@ -319,6 +319,9 @@ def conjugate_gradients(
 # -- the exact minimiser (I14) ---------------------------------------------------------------------------------
 
 
+_UNFINISHED = (6, 7)  # lsmr's reasons to stop: the condition number, the limit on iterations
+
+
 def least_squares_plan(objective: SampleObjective) -> PerLayerStateAction:
     """The exact global minimiser of the tabular TBRM loss on a data set, for any returns (theory.md I14).
 
@@ -327,7 +330,8 @@ def least_squares_plan(objective: SampleObjective) -> PerLayerStateAction:
     it is 0 on pairs without data, and ``π_θ`` is whatever follows from that.
 
     Raises:
-        InvalidInputError: stochastic transitions, for which additive functions and logits do not correspond.
+        InvalidInputError: stochastic transitions, for which additive functions and logits do not correspond; data so ill-conditioned
+            that the fit stops before it is as good as float64 allows.
     """
     mdp = objective.mdp
     if not mdp.is_deterministic:
@@ -340,5 +344,11 @@ def least_squares_plan(objective: SampleObjective) -> PerLayerStateAction:
     root = np.sqrt(objective.trajectory_weights.cpu().numpy())
     scale = 1 / np.sqrt(np.maximum(objective.pair_mass().cpu().numpy(), np.finfo(float).tiny))
     design = (scipy.sparse.diags_array(root) @ visits @ scipy.sparse.diags_array(scale)).tocsr()
-    fit = scipy.sparse.linalg.lsmr(design, root * target, atol=0.0, btol=0.0, conlim=0.0, maxiter=10 * design.shape[1])
-    return soft_plan(mdp, unflatten_tables(mdp, torch.from_numpy(scale * fit[0]).to(mdp.initial.device)))
+    fit, reason, *_ = scipy.sparse.linalg.lsmr(
+        design, root * target, atol=0.0, btol=0.0, conlim=0.0, maxiter=10 * design.shape[1]
+    )
+    if reason in _UNFINISHED:
+        raise InvalidInputError(
+            "objective", "expected data on which the fit converges; it is too ill-conditioned for float64"
+        )
+    return soft_plan(mdp, unflatten_tables(mdp, torch.from_numpy(scale * fit).to(mdp.initial.device)))

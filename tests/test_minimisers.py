@@ -9,6 +9,7 @@ from typing import Any
 import jaxtyping
 import pytest
 import scipy.optimize
+import scipy.sparse.linalg
 import torch
 from problems import random_logits, random_policy, random_problem
 
@@ -17,9 +18,11 @@ from tbrm_theory import optimisers
 from tbrm_theory.behaviours import MarkovBehaviour, MixtureBehaviour
 from tbrm_theory.dynamic_programming import solve
 from tbrm_theory.objectives import PopulationObjective, SampleObjective
+from tbrm_theory.occupancy import enumerate_trajectories
 from tbrm_theory.optimisers import lbfgs, least_squares_plan, levenberg_marquardt
 from tbrm_theory.parametrisations import Tabular
 from tbrm_theory.training import FitConfig, exact_regret, fit
+from tbrm_theory.trajectories import TrajectoryBatch
 
 
 @pytest.mark.parametrize("dense_limit", [3000, 0])
@@ -167,3 +170,14 @@ def test_settings_that_mean_nothing_are_refused(field: str, value: Any, monkeypa
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the package's own checks must do
     with pytest.raises(tt.InvalidInputError, match=rf"^{field}: expected "):
         FitConfig(**{field: value})
+
+
+def test_a_fit_that_does_not_converge_is_no_minimiser(monkeypatch: pytest.MonkeyPatch) -> None:
+    mdp = random_problem("deterministic", 1)
+    listed = enumerate_trajectories(mdp)
+    mask = torch.ones_like(listed.states, dtype=torch.bool)
+    objective = SampleObjective(mdp, TrajectoryBatch(listed.states, listed.actions, mask))
+    whole = scipy.sparse.linalg.lsmr
+    monkeypatch.setattr(scipy.sparse.linalg, "lsmr", lambda *a, **options: whole(*a, **(options | {"maxiter": 1})))
+    with pytest.raises(tt.InvalidInputError, match="objective: expected data on which the fit converges"):
+        least_squares_plan(objective)
