@@ -320,6 +320,8 @@ def conjugate_gradients(
 
 
 _UNFINISHED = (6, 7)  # lsmr's reasons to stop: the condition number, the limit on iterations
+_STOPS = (1e-15, 1e-13)  # where lsmr stops, relative to the sizes of the matrix and of what is left; tried in turn
+_STATIONARY = 1e-11  # the largest gradient of a solution, relative to the target
 
 
 def least_squares_plan(objective: SampleObjective) -> PerLayerStateAction:
@@ -344,11 +346,25 @@ def least_squares_plan(objective: SampleObjective) -> PerLayerStateAction:
     root = np.sqrt(objective.trajectory_weights.cpu().numpy())
     scale = 1 / np.sqrt(np.maximum(objective.pair_mass().cpu().numpy(), np.finfo(float).tiny))
     design = (scipy.sparse.diags_array(root) @ visits @ scipy.sparse.diags_array(scale)).tocsr()
-    fit, reason, *_ = scipy.sparse.linalg.lsmr(
-        design, root * target, atol=0.0, btol=0.0, conlim=0.0, maxiter=10 * design.shape[1]
-    )
-    if reason in _UNFINISHED:
+    fit = _least_squares(design, root * target)
+    if fit is None:
         raise InvalidInputError(
             "objective", "expected data on which the fit converges; it is too ill-conditioned for float64"
         )
     return soft_plan(mdp, unflatten_tables(mdp, torch.from_numpy(scale * fit).to(mdp.initial.device)))
+
+
+def _least_squares(design: scipy.sparse.csr_array, target: NDArray[np.float64]) -> NDArray[np.float64] | None:
+    """The solution of least norm; None if there is none to be had.
+
+    What lsmr says of its own success is not enough: once the target is exhausted it goes on with rounding errors, and may take a
+    solution far from the minimum for converged. So it is stopped before that, and the gradient is computed.
+    """
+    for stop in _STOPS:
+        fit, reason, *_ = scipy.sparse.linalg.lsmr(
+            design, target, atol=stop, btol=stop, conlim=0.0, maxiter=10 * design.shape[1]
+        )
+        gradient = np.linalg.norm(design.T @ (target - design @ fit))
+        if reason not in _UNFINISHED and gradient <= _STATIONARY * np.linalg.norm(target):
+            return fit
+    return None

@@ -26,7 +26,7 @@ from tbrm_theory.parametrisations import Linear, Network, Parametrisation, Tabul
 from tbrm_theory.population import noise_floor
 from tbrm_theory.scores import table_scores
 from tbrm_theory.training import exact_regret
-from tbrm_theory.trajectories import TrajectoryBatch, sample_trajectories
+from tbrm_theory.trajectories import TrajectoryBatch, concatenate, sample_trajectories
 from tbrm_theory.transitions import DenseTransition
 from tests.convert import plain
 from tests.drawn import KINDS, as_tuples, parametrisation, random_policy, random_problem, short_answers
@@ -466,6 +466,23 @@ def test_the_plan_weighs_pairs_by_their_share_of_the_data() -> None:
     often, rarely = (y / 0.5 + 2 * math.log(0.5) for y in (1.0, 4.0))
     first = (0.75 * often + 0.25 * rarely) / 2
     assert plan[1][0].tolist() == pytest.approx([often - first, rarely - first], rel=1e-12)
+
+
+def test_the_plan_does_not_run_past_the_minimum() -> None:
+    """Two returns, 0 and 1, make so simple a target that lsmr reaches the minimum in three steps; without a stop at rounding it
+    went on from there, for three of these rates to a gradient of 0.05, and called it converged. By hand: E[y|τ] is additive, so what
+    is left is Var(y|τ).
+    """
+    mdp = make("modular-arithmetic", modulus=3)
+    uniform = SampleObjective.enumerated(mdp, BEHAVIOURS["uniform"].make(mdp, 0))
+    twice = concatenate([uniform.trajectories, uniform.trajectories])
+    truth, law = uniform.returns, uniform.trajectory_weights
+    for wrong in torch.linspace(0, 0.6, 61, dtype=torch.float64):
+        said = truth * (1 - wrong) + (1 - truth) * wrong
+        weights, verdict = torch.cat([law * (1 - said), law * said]), torch.cat([0 * truth, 0 * truth + 1])
+        objective = SampleObjective(mdp, twice, weights, verdict)
+        least = (wrong * (1 - wrong) / mdp.beta.square()).item()
+        assert objective.loss(least_squares_plan(objective)).item() == pytest.approx(least, rel=1e-12, abs=1e-24)
 
 
 def test_a_plan_needs_deterministic_transitions() -> None:
