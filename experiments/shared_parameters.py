@@ -44,12 +44,19 @@ def newton_descent(loss: Loss, theta: Tensor, iterations: int) -> Tensor:
         eigenvalues, vectors = torch.linalg.eigh(loss.hessian(theta))
         gradient = (vectors.mT @ loss.gradient(theta).unsqueeze(-1)).squeeze(-1)
         step = (vectors @ (gradient / (eigenvalues.abs() + damping)).unsqueeze(-1)).squeeze(-1)
-        tried = loss.value(theta - step)
-        better = tried <= value
-        theta = torch.where(better.unsqueeze(-1), theta - step, theta)
-        value = torch.where(better, tried, value)
-        damping = (damping * torch.where(better.unsqueeze(-1), 0.3, 4.0)).clamp(1e-10, 1e6)
+        theta, value, damping = _step_if_better(loss, theta, step, value, damping)
     return theta
+
+
+def _step_if_better(
+    loss: Loss, theta: Tensor, step: Tensor, value: Tensor, damping: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows whose loss does not rise take the step and damp the next one less; the others stay and damp it more."""
+    tried = loss.value(theta - step)
+    better = tried <= value
+    theta = torch.where(better.unsqueeze(-1), theta - step, theta)
+    damping = (damping * torch.where(better.unsqueeze(-1), 0.3, 4.0)).clamp(1e-10, 1e6)
+    return theta, torch.where(better, tried, value), damping
 
 
 def judged(loss: Loss, theta: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,9 +161,5 @@ def gauss_newton(loss: SharedLoss, theta: Tensor, iterations: int) -> Tensor:
         metric = metric + torch.diag_embed((damping * scale + 1e-14).expand_as(root))
         target = (root * loss.free.residual(logits)).unsqueeze(-1)
         step = (derivative.mT @ torch.linalg.solve(metric, target)).squeeze(-1)
-        tried = loss.value(theta - step)
-        better = tried <= value
-        theta = torch.where(better.unsqueeze(-1), theta - step, theta)
-        value = torch.where(better, tried, value)
-        damping = (damping * torch.where(better.unsqueeze(-1), 0.3, 4.0)).clamp(1e-10, 1e6)
+        theta, value, damping = _step_if_better(loss, theta, step, value, damping)
     return theta
