@@ -30,7 +30,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  echo "Name another one: make $(or $(MAKECMDGOALS),venv) PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(RUN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(RUN) -m pip install --quiet --constraint constraints.txt --upgrade pip setuptools
-	$(RUN) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[test,dev]'
+	$(RUN) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[test,dev,cluster,llm]'
 	@touch $@
 
 verify: venv  ## check every claim, run the convergence experiment, draw its figure
@@ -69,7 +69,7 @@ constraints:  ## find the newest versions that fit together, and pin them in con
 	$(PYTHON) -m venv --clear build/pins
 	grep '^torch==' constraints.txt > build/pins/torch.txt
 	build/pins/bin/python -m pip install --quiet --constraint build/pins/torch.txt --upgrade pip setuptools
-	build/pins/bin/python -m pip install --quiet --constraint build/pins/torch.txt --no-build-isolation --editable '.[test,dev]'
+	build/pins/bin/python -m pip install --quiet --constraint build/pins/torch.txt --no-build-isolation --editable '.[test,dev,cluster,llm]'
 	build/pins/bin/python -m pip freeze --all --exclude-editable > build/pins/frozen.txt
 	grep '^#' constraints.txt > build/pins/constraints.txt
 	grep '==' build/pins/frozen.txt | sed 's/+[^+]*$$//' >> build/pins/constraints.txt
