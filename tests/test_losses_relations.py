@@ -111,7 +111,7 @@ def test_on_the_last_step_soft_q_learning_on_logits_is_tbrm_and_that_on_ratios_i
 
 
 def test_ppo_with_one_step_and_no_critic_is_reinforce_on_policy() -> None:
-    """At ratio 1, critic 0 and no entropy bonus the gradient in the policy is REINFORCE's with the return as its baseline-free weight."""
+    """At ratio 1, critic 0 and no entropy bonus the two have one gradient in the policy."""
     scores = draw_scores(steps=1)
     zero = torch.zeros_like(scores.log_policy)
     scores = dataclasses.replace(
@@ -204,7 +204,10 @@ VALUE_LOSSES = [
 
 @pytest.mark.parametrize("name", VALUE_LOSSES)
 def test_the_optimum_has_no_loss_on_deterministic_problems(name: str) -> None:
-    """I7 for the family: with every value at ``V*``, whichever model it belongs to, each residual is 0."""
+    """I7 for the family: with every value at ``V*``, whichever model it belongs to, each residual is 0.
+
+    Not Kimi's, whose value is an estimate, nor the losses that have no zero.
+    """
     mdp = random_problem("deterministic")
     solution = solve(mdp)
     q = tuple(torch.where(valid, table, 0.0) for valid, table in zip(mdp.valid, solution.q, strict=True))
@@ -221,9 +224,9 @@ def test_the_optimum_has_no_loss_on_deterministic_problems(name: str) -> None:
         scores = table_scores(q, mdp.log_reference, mdp.reward, batch)
     group = {"group_size": 2} if LOSSES[name].needs_group else {}
     assert LOSSES[name].function(scores, beta=mdp.beta, **group).abs().max() < 1e-20
-    start = drawn_logits(mdp)
-    moved = dataclasses.replace(scores, log_policy=scores.log_policy + 0.1 * start[0][0, 0])
-    assert LOSSES[name].function(moved, beta=mdp.beta, **group).max() > 1e-6 or LOSSES[name].needs_group
+    noise = torch.randn(scores.log_policy.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    moved = dataclasses.replace(scores, log_policy=scores.log_policy + noise)
+    assert LOSSES[name].function(moved, beta=mdp.beta, **group).min() > 1e-3
 
 
 def test_the_least_soft_label_loss_of_dpo_is_where_the_pairwise_residual_vanishes() -> None:

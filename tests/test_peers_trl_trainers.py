@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tbrm_theory.losses import TrajectoryScores, grpo_loss, rloo_loss
 
-pytest.importorskip("trl", reason="TRL is not installed")
+trl = pytest.importorskip("trl", reason="TRL is not installed")
 pytestmark = pytest.mark.slow
 
 BETA, GROUP, LENGTH = 0.3, 3, 5
@@ -185,20 +185,18 @@ def train(trainer_class: Any, config_class: Any, loss: Any, folder: Path, **opti
 def test_a_whole_trainer_takes_our_steps(method: str, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
-
         if method == "grpo":  # with TRL's default KL term
 
             def loss(scores: TrajectoryScores) -> Tensor:
                 return grpo_loss(scores, beta=BETA, group_size=GROUP, corrected_kl=True)
 
-            comparison = train(GRPOTrainer, GRPOConfig, loss, tmp_path, loss_type="grpo")
+            comparison = train(trl.GRPOTrainer, trl.GRPOConfig, loss, tmp_path, loss_type="grpo")
         else:
 
             def loss(scores: TrajectoryScores) -> Tensor:
                 return rloo_loss(scores, beta=BETA, group_size=GROUP)
 
-            comparison = train(RLOOTrainer, RLOOConfig, loss, tmp_path)
+            comparison = train(trl.RLOOTrainer, trl.RLOOConfig, loss, tmp_path)
     assert len(comparison.ratios) == 4
     assert max(comparison.ratios[0::2]) < 1e-5 < 0.01 < min(comparison.ratios[1::2])
     assert len(comparison.lengths) > 1
