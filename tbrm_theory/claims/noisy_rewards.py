@@ -1,8 +1,8 @@
 """O6: the constant of the regret's 1/N law under noisy returns, and the best data on trees. O7: verifiers that err.
 
 One side of O6 is ``noise_cost``, the other differentiates the exact regret along what each trajectory's noise does to the fit,
-or lists trajectories; nothing is drawn. In O7 one side fits outcomes as a verifier that errs reports them, the other solves the problem at
-another temperature.
+or lists trajectories; nothing is drawn. In O7 one side fits outcomes as a verifier that errs reports them, the other solves the
+problem at another temperature.
 """
 
 from __future__ import annotations
