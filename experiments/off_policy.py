@@ -27,8 +27,8 @@ regret without noise on data that identify the policy), `b6_over_regret` (at the
 regret is 1 % of the start's; null if never), `verifier_error` (largest difference from the regret at O7's temperature),
 `verifier_spread` (largest difference between reports with the same a + b: of regret, certificate, and the certificate with f_θ
 centred), `unexpected`, `verdict`, `seconds`. Exit status 1 if a certificate or B6's bound is below the regret, data that identify
-the policy do not give it without noise, a slope is outside [-1.25, -0.8], a regret at the largest N is more than five standard
-errors and 5 % from its constant, or O7's regret does not come out.
+the policy do not give it without noise, a slope's interval is outside [-1.25, -0.8], a regret at the largest N is more than five
+standard errors and 5 % from its constant, or O7's regret does not come out.
 """
 
 from __future__ import annotations

@@ -66,7 +66,9 @@ def summarise(rows: Rows, seconds: float) -> dict[str, Any]:
 def _unexpected(rows: Rows, noisy: Rows, settled: Rows) -> list[str]:
     bad = [f"{row['cell']}: a certificate below the regret" for row in rows if any(r["too_low"] for r in _besides(row))]
     bad += [f"{row['cell']}: B6 below the regret" for row in noisy if _b6_fails(row)]
-    bad += [f"{row['cell']}: slope" for row in noisy if row["slope"] and not -1.25 <= row["slope"][0] <= -0.8]
+    bad += [
+        f"{row['cell']}: slope" for row in noisy if row["slope"] and (row["slope"][2] < -1.25 or row["slope"][1] > -0.8)
+    ]
     for row in settled:
         ratio, error = _over_constant(row)
         if abs(ratio - 1) > 5 * error + 0.05:

@@ -35,10 +35,10 @@ PROBLEMS: dict[str, dict[str, Any]] = {
 }
 SMALL: dict[str, Any] = {
     "distance": (-1.0, 0.0, 1.0),
-    "updates": (20, 150),
+    "updates": (20, 100),
     "ages": (1, 4),
     "reuse": (1, 4),
-    "batches": 20,
+    "batches": 14,
     "batch_size": 16,
     "seeds": 2,
     "sizes": (4, 64, 256, 1024, 4096),
@@ -99,7 +99,7 @@ def test_beside_separates_what_has_no_regret() -> None:
 
 def test_data_further_from_the_reference_are_worse_and_so_is_no_reuse(run: Path) -> None:
     row = row_of(run, "mixing/combination-lock")
-    anti, reference, _ = (values[1] for values in row["regret"]["150"])
+    anti, reference, _ = (values[1] for values in row["regret"]["100"])
     assert reference < 0.1 * anti
     for family in PROBLEMS:
         once, often = (row_of(run, f"replay/{family}/K={k}")["regret"] for k in (1, 4))
