@@ -38,7 +38,7 @@ SMALL: dict[str, Any] = {
     "updates": (20, 100),
     "ages": (1, 4),
     "reuse": (1, 4),
-    "batches": 14,
+    "batches": 20,
     "batch_size": 16,
     "seeds": 2,
     "sizes": (4, 64, 256, 1024, 4096),
