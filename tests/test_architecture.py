@@ -62,6 +62,7 @@ FLOORS = {
     "objectives": 4,
     "optimisers": 4,
     "training": 4,
+    "noise_cost": 4,
     "program": 1,
     "results": 4,
     "experiment": 5,

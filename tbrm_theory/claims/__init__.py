@@ -19,6 +19,7 @@ from tbrm_theory.claims import (
     loss_identities,
     measure_change,
     mixture_data,
+    noisy_rewards,
     noisy_transitions,
     outcome_reward,
     own,
@@ -68,5 +69,6 @@ REGISTERED_IN = (
     corrected_residual,
     own,
     linear_classes,
+    noisy_rewards,
 )
 """The modules whose import adds claims to :data:`CLAIMS`."""
