@@ -64,6 +64,7 @@ FLOORS = {
     "training": 4,
     "program": 1,
     "results": 4,
+    "execution": 4,
     "experiment": 5,
     "claims": 5,
     "llm": 5,

@@ -1,0 +1,129 @@
+"""Where the cells of an experiment are computed: in this process, in several of this machine, or on a Dask cluster.
+
+A cell is a function without arguments that returns a row. It travels to a worker by cloudpickle, so it may come from a script;
+the package itself must be importable there, in the same version. Rows come back in the order in which they are finished.
+
+Workers never see a Ctrl-C: the interrupt key of a terminal reaches every process of the command, and one that dies of it would be
+mistaken for a failure. They are started with the signal blocked, and this process, which gets it, ends them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import warnings
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import joblib
+import torch
+from joblib.externals.loky.process_executor import TerminatedWorkerError
+
+from tbrm_theory.errors import InvalidInputError
+
+__all__ = ["Execution"]
+
+Row = dict[str, Any]
+Cells = Mapping[str, Callable[[], Row]]
+
+_GOES_ON = "finished rows are kept, and the same command goes on with the others"
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How many cells are computed at a time, and where. No part of what identifies a run."""
+
+    workers: int = 1
+    """Processes to start, each with one torch thread; 1 with loky: this process, with all its threads."""
+    backend: Literal["loky", "dask"] = "loky"
+    """Processes of this machine, or a Dask cluster."""
+    scheduler: str | None = None
+    """With dask: the address of a running scheduler, whose workers are used; none: a cluster of ``workers`` on this machine."""
+
+    def rows(self, cells: Cells) -> Generator[tuple[str, Row], None, None]:
+        """Each cell's name and row, as they are finished. Close the iterator to give the rest up.
+
+        Raises:
+            InvalidInputError: an option that does not fit; no dask; a scheduler that does not answer or goes away; a worker that
+                was killed (Dask first tries the cell elsewhere, three times).
+            Exception: whatever a cell raises.
+        """
+        if self.workers < 1:
+            raise InvalidInputError("workers", f"expected at least 1, found {self.workers}")
+        if self.scheduler is not None and self.backend != "dask":
+            raise InvalidInputError("scheduler", "expected --backend dask with it")
+        if self.backend == "dask":
+            return _on_dask(cells, self.scheduler, self.workers)
+        return _in_processes(cells, self.workers) if self.workers > 1 else _here(cells)
+
+
+def _here(cells: Cells) -> Generator[tuple[str, Row], None, None]:
+    for name, make in cells.items():
+        yield name, make()
+
+
+def _named_row(name: str, make: Callable[[], Row]) -> tuple[str, Row]:
+    """What a worker does."""
+    torch.set_num_threads(1)  # as many processes as cores leave one to each
+    return name, make()
+
+
+def _in_processes(cells: Cells, workers: int) -> Generator[tuple[str, Row], None, None]:
+    with joblib.parallel_config(backend="loky", inner_max_num_threads=1):
+        # One cell a task: a batch would hold finished rows back, and lose them with its process.
+        parallel = joblib.Parallel(workers, return_as="generator_unordered", batch_size=1, max_nbytes=None)
+    with _interrupt_blocked():
+        finished = parallel(joblib.delayed(_named_row)(name, make) for name, make in cells.items())
+    try:
+        yield from finished
+    except TerminatedWorkerError as error:
+        raise InvalidInputError("workers", f"one was killed, perhaps for want of memory; {_GOES_ON}") from error
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # joblib's, of tasks given up
+            finished.close()
+
+
+def _on_dask(cells: Cells, scheduler: str | None, workers: int) -> Generator[tuple[str, Row], None, None]:
+    """Through ``distributed`` itself: joblib's backend for it waits forever for a cell whose workers were all killed."""
+    try:
+        import distributed
+    except ImportError as error:
+        raise InvalidInputError("backend", "dask is not installed; pip install 'tbrm-theory[cluster]'") from error
+    with contextlib.ExitStack() as opened:
+        with _interrupt_blocked():
+            if scheduler is None:
+                cluster: Any = distributed.LocalCluster(
+                    n_workers=workers, threads_per_worker=1, dashboard_address=None, silence_logs=logging.CRITICAL
+                )
+                opened.enter_context(cluster)
+            else:
+                cluster = scheduler
+            try:
+                client = opened.enter_context(distributed.Client(cluster, timeout="10s"))
+            except (OSError, TimeoutError, ValueError) as error:
+                raise InvalidInputError("scheduler", f"none answers at {scheduler}") from error
+        futures = [client.submit(_named_row, name, make, pure=False) for name, make in cells.items()]
+        try:
+            for _, row in distributed.as_completed(futures, with_results=True):
+                yield row
+        except distributed.KilledWorker as error:
+            raise InvalidInputError(
+                "workers", f"several were killed over one cell, perhaps for want of memory; {_GOES_ON}"
+            ) from error
+        except (distributed.CancelledError, OSError) as error:
+            raise InvalidInputError("scheduler", f"it went away; {_GOES_ON}") from error
+        finally:
+            client.cancel(futures)
+
+
+@contextlib.contextmanager
+def _interrupt_blocked() -> Iterator[None]:
+    """Processes and threads that are started meanwhile inherit this thread's mask, and never get SIGINT."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
