@@ -15,6 +15,7 @@ import signal
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from typing import Any, Literal
 
 import joblib
@@ -122,6 +123,7 @@ def _on_dask(cells: Cells, scheduler: str | None, workers: int) -> Generator[tup
 @contextlib.contextmanager
 def _interrupt_blocked() -> Iterator[None]:
     """Processes and threads that are started meanwhile inherit this thread's mask, and never get SIGINT."""
+    resource_tracker.ensure_running()  # else multiprocessing starts it within the block, and unblocks the signal after it
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -3,9 +3,9 @@
 Status: what the function returns; 2: bad input, a file that cannot be read or written, a full disk, too little memory; 130: Ctrl-C;
 1: whoever read the output has gone. Anything else is a bug, and shows as a traceback.
 
-After a Ctrl-C the status is 130 whatever becomes of it on its way up: another error of code that it interrupted, a pipe whose reader
-it ended, too. It cannot get lost where Python drops errors (in ``__del__`` and the like), and a second one ends the program at once.
-Packages that are being loaded may not survive it, which is why a script refuses to be interrupted there (see the experiments).
+After a Ctrl-C the status is 130 whatever becomes of it on its way up: another error of the code that it interrupted, or a pipe whose
+reader it ended, too. It cannot get lost where Python drops errors (in ``__del__`` and the like), and a second one ends the program at
+once. Packages that are being loaded may not survive one: until then, a script ends at the first (see the experiments).
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ def run_program(name: str, function: Callable[[], int]) -> int:
         if not interruption.came:
             raise
     if interruption.came:
-        _discard_stdout_unless_read()
-        return 130
+        interruption.end()
     return status
 
 
@@ -85,18 +84,21 @@ class _Interruption:
 
     def _arrives(self, *_: object) -> None:
         if self.came:
-            self._end()
+            self.end()
         self.came = True
         raise KeyboardInterrupt
 
     def _dropped(self, error: sys.UnraisableHookArgs) -> None:
         if self.came and issubclass(error.exc_type, KeyboardInterrupt):
-            self._end()
+            self.end()
         self._hook_before(error)
 
-    def _end(self) -> NoReturn:
+    def end(self) -> NoReturn:
+        """At once, and whatever is under way: what runs at exit may wait for children, complain, or change the status."""
         for child in multiprocessing.active_children():
             child.kill()
+        with contextlib.suppress(OSError, RuntimeError):  # the reader has got the same Ctrl-C; this came within a write
+            sys.stdout.flush()
         if sys.stdout.isatty():
             os.write(sys.stdout.fileno(), b"\x1b[?25h")  # the cursor, which a progress bar hides
         os._exit(130)
@@ -120,13 +122,6 @@ def _prepare(name: str) -> None:
         setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - for as long as the program runs
     elif hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="backslashreplace")
-
-
-def _discard_stdout_unless_read() -> None:
-    try:
-        sys.stdout.flush()
-    except OSError:
-        _discard_stdout()
 
 
 def _discard_stdout() -> None:
