@@ -3,8 +3,8 @@
 A cell is a function without arguments that returns a row. It travels to a worker by cloudpickle, so it may come from a script;
 the package itself must be importable there, in the same version. Rows come back in the order in which they are finished.
 
-Workers never see a Ctrl-C: the interrupt key of a terminal reaches every process of the command, and one that dies of it would be
-mistaken for a failure. They are started with the signal blocked, and this process, which gets it, ends them.
+Workers never see a Ctrl-C. The interrupt key of a terminal reaches every process of a command, and a worker that dies of it is
+mistaken for a failure; so they are started with the signal blocked, and this process, which gets it, ends them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
+import threading
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ def _in_processes(cells: Cells, workers: int) -> Generator[tuple[str, Row], None
     with joblib.parallel_config(backend="loky", inner_max_num_threads=1):
         # One cell a task: a batch would hold finished rows back, and lose them with its process.
         parallel = joblib.Parallel(workers, return_as="generator_unordered", batch_size=1, max_nbytes=None)
-    with _interrupt_blocked():
+    with _interrupt_deferred():
         finished = parallel(joblib.delayed(_named_row)(name, make) for name, make in cells.items())
     try:
         yield from finished
@@ -94,7 +95,7 @@ def _on_dask(cells: Cells, scheduler: str | None, workers: int) -> Generator[tup
     except ImportError as error:
         raise InvalidInputError("backend", "dask is not installed; pip install 'tbrm-theory[cluster]'") from error
     with contextlib.ExitStack() as opened:
-        with _interrupt_blocked():
+        with _interrupt_deferred():
             if scheduler is None:
                 cluster: Any = distributed.LocalCluster(
                     n_workers=workers, threads_per_worker=1, dashboard_address=None, silence_logs=logging.CRITICAL
@@ -103,7 +104,7 @@ def _on_dask(cells: Cells, scheduler: str | None, workers: int) -> Generator[tup
             else:
                 cluster = scheduler
             try:
-                client = opened.enter_context(distributed.Client(cluster, timeout="10s"))
+                client = opened.enter_context(distributed.Client(cluster, timeout="5s"))
             except (OSError, TimeoutError, ValueError) as error:
                 raise InvalidInputError("scheduler", f"none answers at {scheduler}") from error
         futures = [client.submit(_named_row, name, make, pure=False) for name, make in cells.items()]
@@ -121,11 +122,20 @@ def _on_dask(cells: Cells, scheduler: str | None, workers: int) -> Generator[tup
 
 
 @contextlib.contextmanager
-def _interrupt_blocked() -> Iterator[None]:
-    """Processes and threads that are started meanwhile inherit this thread's mask, and never get SIGINT."""
+def _interrupt_deferred() -> Iterator[None]:
+    """A Ctrl-C waits for the end of the block. Processes and threads started within never get one: they inherit the mask."""
     resource_tracker.ensure_running()  # else multiprocessing starts it within the block, and unblocks the signal after it
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    came: list[int] = []
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    handler = signal.getsignal(signal.SIGINT) or signal.SIG_DFL
+    ours = threading.current_thread() is threading.main_thread()  # no other may set a handler
+    if ours:
+        signal.signal(signal.SIGINT, lambda number, _: came.append(number))  # another thread may take it
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if ours:
+            signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number in came[:1]:
+            signal.raise_signal(number)

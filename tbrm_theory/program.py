@@ -36,7 +36,11 @@ def run_program(name: str, function: Callable[[], int]) -> int:
         if not interruption.came:
             raise
     if interruption.came:
-        interruption.end()
+        try:
+            sys.stdout.flush()
+        except OSError:  # its reader has got the same Ctrl-C
+            _discard_stdout()
+        return 130
     return status
 
 
@@ -84,21 +88,18 @@ class _Interruption:
 
     def _arrives(self, *_: object) -> None:
         if self.came:
-            self.end()
+            self._end()
         self.came = True
         raise KeyboardInterrupt
 
     def _dropped(self, error: sys.UnraisableHookArgs) -> None:
         if self.came and issubclass(error.exc_type, KeyboardInterrupt):
-            self.end()
+            self._end()
         self._hook_before(error)
 
-    def end(self) -> NoReturn:
-        """At once, and whatever is under way: what runs at exit may wait for children, complain, or change the status."""
+    def _end(self) -> NoReturn:
         for child in multiprocessing.active_children():
             child.kill()
-        with contextlib.suppress(OSError, RuntimeError):  # the reader has got the same Ctrl-C; this came within a write
-            sys.stdout.flush()
         if sys.stdout.isatty():
             os.write(sys.stdout.fileno(), b"\x1b[?25h")  # the cursor, which a progress bar hides
         os._exit(130)
