@@ -286,10 +286,10 @@ class Update:
         logits = self.models["policy"](tokens)[:, first:]
         given["log_policy"] = taken(logits)
         given["behaviour_log_policy"] = given["log_policy"].detach()
-        if "initial_value" in self.reads:
-            given["initial_value"] = logits[:, 0].clone().logsumexp(-1)  # a copy, for it keeps what it is given
-        if "first_logit" in self.reads:
-            given["first_logit"] = logits[:, 0].gather(-1, responses[:, :1]).squeeze(-1)
+        if self.reads & {"initial_value", "first_logit"}:
+            first_logits = logits[:, 0].clone()  # a view would be kept with all of the logits
+            given["initial_value"] = first_logits.logsumexp(-1)
+            given["first_logit"] = first_logits.gather(-1, responses[:, :1]).squeeze(-1)
         if "value" in self.reads:
             given["value"] = logits.logsumexp(-1)
         if "entropy" in self.reads:

@@ -123,19 +123,24 @@ def _on_dask(cells: Cells, scheduler: str | None, workers: int) -> Generator[tup
 
 @contextlib.contextmanager
 def _interrupt_deferred() -> Iterator[None]:
-    """A Ctrl-C waits for the end of the block. Processes and threads started within never get one: they inherit the mask."""
+    """The first Ctrl-C waits for the end of the block. Processes and threads started within never get one: they inherit the mask."""
     resource_tracker.ensure_running()  # else multiprocessing starts it within the block, and unblocks the signal after it
     came: list[int] = []
+
+    def comes(number: int, _: object) -> None:
+        came.append(number)
+        signal.signal(signal.SIGINT, handler)
+
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     handler = signal.getsignal(signal.SIGINT) or signal.SIG_DFL
     ours = threading.current_thread() is threading.main_thread()  # no other may set a handler
     if ours:
-        signal.signal(signal.SIGINT, lambda number, _: came.append(number))  # another thread may take it
+        signal.signal(signal.SIGINT, comes)  # by way of another thread
     try:
         yield
     finally:
         if ours:
             signal.signal(signal.SIGINT, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for number in came[:1]:
+        for number in came:
             signal.raise_signal(number)

@@ -151,11 +151,9 @@ class Run:
                 if file.write(line) < len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(file.fileno())
-            except BaseException as error:
+            except OSError as error:  # not a Ctrl-C: it finds the line whole
                 file.truncate(size)  # no half line: what is recorded next begins its own
-                if isinstance(error, OSError):
-                    raise OSError(error.errno, error.strerror, str(self.metrics)) from error
-                raise
+                raise OSError(error.errno, error.strerror, str(self.metrics)) from error
 
     def rows(self) -> list[dict[str, Any]]:
         """Every row recorded so far.
