@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
+from types import ModuleType
 from typing import Any, Literal
 
 import joblib
@@ -79,7 +80,8 @@ def _in_processes(cells: Cells, workers: int) -> Generator[tuple[str, Row], None
     with _interrupt_deferred():
         finished = parallel(joblib.delayed(_named_row)(name, make) for name, make in cells.items())
     try:
-        yield from finished
+        for row in finished:  # noqa: UP028 - to give it up here, and not where "yield from" would
+            yield row
     except TerminatedWorkerError as error:
         raise InvalidInputError("workers", f"one was killed, perhaps for want of memory; {_GOES_ON}") from error
     finally:
@@ -94,31 +96,35 @@ def _on_dask(cells: Cells, scheduler: str | None, workers: int) -> Generator[tup
         import distributed
     except ImportError as error:
         raise InvalidInputError("backend", "dask is not installed; pip install 'tbrm-theory[cluster]'") from error
+    for name in ("distributed", "distributed.client", "tornado.application"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what goes wrong is raised here, in one line
     with contextlib.ExitStack() as opened:
         with _interrupt_deferred():
             if scheduler is None:
-                cluster: Any = distributed.LocalCluster(
-                    n_workers=workers, threads_per_worker=1, dashboard_address=None, silence_logs=logging.CRITICAL
-                )
-                opened.enter_context(cluster)
-            else:
-                cluster = scheduler
+                local = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
+                cluster = opened.enter_context(distributed.LocalCluster(**local, silence_logs=logging.CRITICAL))
             try:
-                client = opened.enter_context(distributed.Client(cluster, timeout="5s"))
+                client = opened.enter_context(distributed.Client(scheduler or cluster, timeout="5s"))
             except (OSError, TimeoutError, ValueError) as error:
                 raise InvalidInputError("scheduler", f"none answers at {scheduler}") from error
         futures = [client.submit(_named_row, name, make, pure=False) for name, make in cells.items()]
         try:
-            for _, row in distributed.as_completed(futures, with_results=True):
-                yield row
-        except distributed.KilledWorker as error:
-            raise InvalidInputError(
-                "workers", f"several were killed over one cell, perhaps for want of memory; {_GOES_ON}"
-            ) from error
-        except (distributed.CancelledError, OSError) as error:
-            raise InvalidInputError("scheduler", f"it went away; {_GOES_ON}") from error
+            for future in distributed.as_completed(futures):
+                yield _result(future, distributed)
         finally:
             client.cancel(futures)
+
+
+def _result(future: Any, distributed: ModuleType) -> tuple[str, Row]:
+    try:
+        return future.result()
+    except distributed.KilledWorker as error:
+        what = f"several were killed over one cell, perhaps for want of memory; {_GOES_ON}"
+        raise InvalidInputError("workers", what) from error
+    except (distributed.CancelledError, OSError) as error:
+        if future.status == "error":  # the cell's own
+            raise
+        raise InvalidInputError("scheduler", f"it went away; {_GOES_ON}") from error
 
 
 @contextlib.contextmanager
