@@ -93,6 +93,7 @@ def _in_processes(cells: Cells, workers: int) -> Generator[tuple[str, Row], None
 def _on_dask(cells: Cells, scheduler: str | None, workers: int) -> Generator[tuple[str, Row], None, None]:
     """Through ``distributed`` itself: joblib's backend for it waits forever for a cell whose workers were all killed."""
     try:
+        import dask
         import distributed
     except ImportError as error:
         raise InvalidInputError("backend", "dask is not installed; pip install 'tbrm-theory[cluster]'") from error
@@ -101,6 +102,8 @@ def _on_dask(cells: Cells, scheduler: str | None, workers: int) -> Generator[tup
     with contextlib.ExitStack() as opened:
         with _interrupt_deferred():
             if scheduler is None:
+                # A killed worker comes back; where packages load slowly, later than the cluster waits for it before it gives it up.
+                opened.enter_context(dask.config.set({"distributed.deploy.lost-worker-timeout": "10 min"}))
                 local = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
                 cluster = opened.enter_context(distributed.LocalCluster(**local, silence_logs=logging.CRITICAL))
             try:
