@@ -18,10 +18,16 @@ if a loss at the start is not as X6 says, TBRM rests or ReVal moves without rewa
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # Ctrl-C while packages load, which some of them do not survive
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import torch
 import tyro
@@ -31,6 +37,7 @@ from torch import Tensor
 import tbrm_theory as tt
 from tbrm_theory.behaviours import MarkovBehaviour
 from tbrm_theory.dynamic_programming import kl_to_reference, soft_policy, soft_value
+from tbrm_theory.execution import Execution
 from tbrm_theory.experiment import run_experiment
 from tbrm_theory.mdp import RegularizedMDP
 from tbrm_theory.named_behaviours import uniform
@@ -62,6 +69,7 @@ class Config:
     steps: int = 200
     seed: int = 0
     results: Path = Path("results")
+    execution: tyro.conf.OmitArgPrefixes[Execution] = field(default_factory=Execution)
 
 
 def problem(config: Config, *, reward: bool) -> RegularizedMDP:
@@ -141,32 +149,33 @@ def minimiser(config: Config, method: str, data: str) -> dict[str, Any]:
     }
 
 
+def curve(config: Config, method: str, data: str, reward: bool) -> dict[str, Any]:
+    mdp = problem(config, reward=reward)
+    start = reference_logits(mdp, config.value, config.seed)
+    expected = config.value**2
+    found = descend(mdp, start, method, data, config.steps)
+    return {"method": method, "data": data, "reward": reward, "expected_start_loss": expected} | found
+
+
+def level(config: Config, value: float) -> dict[str, Any]:
+    mdp = problem(config, reward=False)
+    start = reference_logits(mdp, value, config.seed)
+    runs = {method: descend(mdp, start, method, "uniform", config.steps) for method in METHODS}
+    losses = {method: found["loss"][0] for method, found in runs.items()}
+    return {"value": value, "start_loss": losses, "peak_kl": {m: max(found["kl"]) for m, found in runs.items()}}
+
+
 def cells(config: Config) -> dict[str, Any]:
     """Every part of the experiment by name, as a function without arguments."""
-
-    def curve(method: str, data: str, reward: bool) -> dict[str, Any]:
-        mdp = problem(config, reward=reward)
-        start = reference_logits(mdp, config.value, config.seed)
-        expected = config.value**2
-        found = descend(mdp, start, method, data, config.steps)
-        return {"method": method, "data": data, "reward": reward, "expected_start_loss": expected} | found
-
-    def level(value: float) -> dict[str, Any]:
-        mdp = problem(config, reward=False)
-        start = reference_logits(mdp, value, config.seed)
-        runs = {method: descend(mdp, start, method, "uniform", config.steps) for method in METHODS}
-        losses = {method: found["loss"][0] for method, found in runs.items()}
-        return {"value": value, "start_loss": losses, "peak_kl": {m: max(found["kl"]) for m, found in runs.items()}}
-
     parts: dict[str, Any] = {}
     for method in METHODS:
         for data in DATA:
-            parts[f"minimiser/{method}/{data}"] = lambda m=method, d=data: minimiser(config, m, d)
+            parts[f"minimiser/{method}/{data}"] = partial(minimiser, config, method, data)
             for reward in (False, True):
                 name = f"curve/{method}/{data}/{'reward' if reward else 'none'}"
-                parts[name] = lambda m=method, d=data, r=reward: curve(m, d, r)
+                parts[name] = partial(curve, config, method, data, reward)
     for value in config.values:
-        parts[f"level/{value:g}"] = lambda v=value: level(v)
+        parts[f"level/{value:g}"] = partial(level, config, value)
     return parts
 
 
@@ -220,7 +229,9 @@ def table(rows: list[dict[str, Any]]) -> Table:
 def main(config: Config) -> int:
     if config.horizon < 2 or 0.0 in config.values or config.value == 0:
         raise tt.InvalidInputError("values", "expected values other than 0 and at least two layers")
-    return run_experiment("calibrated_start", config, cells(config), summarise, lambda rows, _: [table(rows)])
+    return run_experiment(
+        "calibrated_start", config, cells(config), summarise, lambda rows, _: [table(rows)], execution=config.execution
+    )
 
 
 if __name__ == "__main__":

@@ -32,10 +32,16 @@ with Adam and the largest spread BRM's regret does not grow by a fifth, or TBRM'
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # Ctrl-C while packages load, which some of them do not survive
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import torch
 import tyro
@@ -45,6 +51,7 @@ from torch import Tensor
 import tbrm_theory as tt
 from tbrm_theory.conditioning import spectrum
 from tbrm_theory.dynamic_programming import soft_policy
+from tbrm_theory.execution import Execution
 from tbrm_theory.experiment import run_experiment
 from tbrm_theory.mdp import RegularizedMDP
 from tbrm_theory.program import run_program
@@ -74,6 +81,7 @@ class Config:
     """Standard deviations of the raw values c(s), rising from 0."""
     seed: int = 0
     results: Path = Path("results")
+    execution: tyro.conf.OmitArgPrefixes[Execution] = field(default_factory=Execution)
 
 
 def delayed_sum(horizon: int) -> RegularizedMDP:
@@ -238,15 +246,13 @@ def table(summary: dict[str, Any]) -> Table:
 def cells(config: Config) -> dict[str, Any]:
     """Every part of the experiment by name, as a function without arguments."""
     parts: dict[str, Any] = {
-        f"condition/{family}/{h}": lambda f=family, h=h: condition(f, h)
-        for family in HORIZONS
-        for h in HORIZONS[family]
+        f"condition/{family}/{h}": partial(condition, family, h) for family in HORIZONS for h in HORIZONS[family]
     }
     for horizon in config.horizons:
         for loss in LOSSES:
             for optimiser in OPTIMISERS:
                 name = f"train/{horizon}/{loss}/{optimiser}"
-                parts[name] = lambda h=horizon, n=loss, o=optimiser: train(h, n, o, config)
+                parts[name] = partial(train, horizon, loss, optimiser, config)
     return parts
 
 
@@ -262,6 +268,7 @@ def main(config: Config) -> int:
         lambda rows, seconds: summarise(rows, config, seconds),
         lambda _, summary: [table(summary)],
         in_tables=("condition", "steps", "worst", "first_layer"),
+        execution=config.execution,
     )
 
 

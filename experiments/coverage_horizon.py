@@ -18,11 +18,17 @@ horizon), `unexpected`, `verdict`, `seconds`. Exit status 1 if an error exceeds 
 from __future__ import annotations
 
 import math
+import os
+import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # Ctrl-C while packages load, which some of them do not survive
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import numpy as np
 import tyro
@@ -40,6 +46,7 @@ from tbrm_theory.claims.coverage_growth import (
     step,
     tree,
 )
+from tbrm_theory.execution import Execution
 from tbrm_theory.experiment import run_experiment
 from tbrm_theory.moments import moment_form
 from tbrm_theory.program import run_program
@@ -61,6 +68,7 @@ class Config:
     ways_back: tuple[float, ...] = (0.5, 0.1, 0.01, 0.001)
     """Leaky locks, at the first c."""
     results: Path = Path("results")
+    execution: tyro.conf.OmitArgPrefixes[Execution] = field(default_factory=Execution)
 
 
 @dataclass(frozen=True)
@@ -192,8 +200,10 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def main(config: Config) -> int:
-    made = {cell.name: lambda cell=cell: run_cell(cell, config.longest) for cell in cells(config)}
-    return run_experiment("coverage_horizon", config, made, summarise, lambda rows, _: [table(rows)])
+    made = {cell.name: partial(run_cell, cell, config.longest) for cell in cells(config)}
+    return run_experiment(
+        "coverage_horizon", config, made, summarise, lambda rows, _: [table(rows)], execution=config.execution
+    )
 
 
 if __name__ == "__main__":

@@ -19,12 +19,17 @@ cells), `unexpected`, `verdict`, `seconds`. Exit status 1 if a number of the pap
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # Ctrl-C while packages load, which some of them do not survive
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import torch
 import tyro
@@ -33,6 +38,7 @@ from torch import Tensor
 
 import tbrm_theory as tt
 from tbrm_theory.claims.starting_points import THRESHOLD, bandit_scores
+from tbrm_theory.execution import Execution
 from tbrm_theory.experiment import run_experiment
 from tbrm_theory.mdp import RegularizedMDP
 from tbrm_theory.program import run_program
@@ -60,6 +66,7 @@ class Config:
     steps: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256, 512, 1024)
     """The numbers K of steps between the start and the optimum; 1 is the paper's class."""
     results: Path = Path("results")
+    execution: tyro.conf.OmitArgPrefixes[Execution] = field(default_factory=Execution)
 
 
 def line(points: Tensor) -> tuple[Tensor]:
@@ -175,7 +182,9 @@ def main(config: Config) -> int:
     made: dict[str, Any] = {"paper": paper, "threshold": threshold}
     for advantage, steps in product(config.advantages, config.steps):
         made[f"basin/{advantage:g}/{steps}"] = partial(basin, advantage, steps)
-    return run_experiment("frozen_value", config, made, summarise, lambda _, summary: [table(summary)])
+    return run_experiment(
+        "frozen_value", config, made, summarise, lambda _, summary: [table(summary)], execution=config.execution
+    )
 
 
 if __name__ == "__main__":

@@ -22,13 +22,18 @@ Exit status 1 if something is unexpected.
 from __future__ import annotations
 
 import math
+import os
+import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # Ctrl-C while packages load, which some of them do not survive
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import numpy as np
 import torch
@@ -42,6 +47,7 @@ from tbrm_theory.behaviours import Behaviour, MixtureBehaviour
 from tbrm_theory.claims.exact_moments import exact_kappa
 from tbrm_theory.claims.mixture_data import MixtureProblem, flipped, flipped_kappa, harmonic_bound
 from tbrm_theory.dynamic_programming import soft_policy, solve
+from tbrm_theory.execution import Execution
 from tbrm_theory.experiment import run_experiment
 from tbrm_theory.mdp import RegularizedMDP
 from tbrm_theory.moments import moment_form
@@ -83,6 +89,7 @@ class Config:
     mixtures: int = 400
     """Random mixtures of each setting."""
     results: Path = Path("results")
+    execution: tyro.conf.OmitArgPrefixes[Execution] = field(default_factory=Execution)
 
 
 # -- flips -----------------------------------------------------------------------------------------------------------
@@ -196,6 +203,8 @@ def run_share(config: Config, kind: str, seed: int, share: float) -> dict[str, A
     data = between(mdp, mixture, share)
     target = solve(mdp).log_policy
     row = {
+        "components": kind,
+        "seed": seed,
         "share": share,
         "kappa": coverage.kappa(mdp, target, data).item(),
         "lemma1": coverage.lemma1(mdp, target, data).item(),
@@ -349,25 +358,23 @@ def cells(config: Config) -> dict[str, tuple[str, Any]]:
     wanted: dict[str, tuple[str, Any]] = {}
     for halvings in (None, *range(config.halvings, 0, -1)):
         name = "flip 0" if halvings is None else f"flip 2^-{halvings}"
-        wanted[name] = ("flip", lambda halvings=halvings: run_flip(config, halvings))
+        wanted[name] = ("flip", partial(run_flip, config, halvings))
     for kind in ("deterministic", "opposed"):
         for seed in range(config.seed, config.seed + config.seeds):
             for share in np.linspace(0, 1, config.shares).tolist():
-                row = lambda kind=kind, seed=seed, share=share: (  # noqa: E731
-                    {"components": kind, "seed": seed} | run_share(config, kind, seed, share)
-                )
-                wanted[f"{kind} seed {seed} share {share:g}"] = ("share", row)
+                wanted[f"{kind} seed {seed} share {share:g}"] = ("share", partial(run_share, config, kind, seed, share))
     for setting in SETTINGS:
         name = "H={} S={} K={} a={:g}".format(*setting)
-        wanted[name] = ("random mixtures", lambda setting=setting: run_mixtures(config, *setting))
+        wanted[name] = ("random mixtures", partial(run_mixtures, config, *setting))
     return wanted
 
 
-def main(config: Config) -> int:
-    def made(kind: str, make_row: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        row = {"kind": kind} | make_row()
-        return row | {"verdict": verdict(row)}
+def made(kind: str, make_row: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    row = {"kind": kind} | make_row()
+    return row | {"verdict": verdict(row)}
 
+
+def main(config: Config) -> int:
     return run_experiment(
         "mixture_data",
         config,
@@ -375,6 +382,7 @@ def main(config: Config) -> int:
         lambda rows, seconds: summarise(_with_infinities(rows), seconds),
         lambda rows, _: tables(_with_infinities(rows)),
         in_tables=("lemma1_fails", "corollary6_fails", "tightness"),
+        execution=config.execution,
     )
 
 

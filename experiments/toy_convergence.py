@@ -20,13 +20,18 @@ status 1 if a positive cell fails, a control does not, or a curve misses its tar
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # Ctrl-C while packages load, which some of them do not survive
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import torch
 import tyro
@@ -36,6 +41,7 @@ from torch import Tensor
 import tbrm_theory as tt
 from tbrm_theory.behaviours import MarkovBehaviour
 from tbrm_theory.dynamic_programming import Solution
+from tbrm_theory.execution import Execution
 from tbrm_theory.experiment import run_experiment
 from tbrm_theory.mdp import RegularizedMDP
 from tbrm_theory.named_behaviours import BEHAVIOURS
@@ -76,6 +82,7 @@ class Config:
     families: tuple[str, ...] = ()
     """Only these families; all of them if not given."""
     results: Path = Path("results")
+    execution: tyro.conf.OmitArgPrefixes[Execution] = field(default_factory=Execution)
     """Folder to write to; this run is in toy_convergence/ there, the newest one behind the link toy_convergence/latest."""
 
     def __post_init__(self) -> None:
@@ -313,6 +320,7 @@ def main(config: Config) -> int:
         {cell.name: partial(run_cell, cell, config) for cell in wanted},
         lambda rows, _: summarise(rows, sum(row["seconds"] for row in rows), least_positive=least),
         lambda rows, _: [table(rows)],
+        execution=config.execution,
     )
 
 

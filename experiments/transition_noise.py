@@ -27,14 +27,19 @@ first-order perturbation says: the slope at θ* is of order ε, and a regret is 
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # Ctrl-C while packages load, which some of them do not survive
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import numpy as np
 import scipy.optimize
@@ -46,6 +51,7 @@ from torch import Tensor
 import tbrm_theory as tt
 from tbrm_theory.control_variate import corrected_loss, noise_before
 from tbrm_theory.dynamic_programming import soft_value
+from tbrm_theory.execution import Execution
 from tbrm_theory.experiment import run_experiment
 from tbrm_theory.mdp import RegularizedMDP
 from tbrm_theory.named_behaviours import uniform
@@ -80,6 +86,7 @@ class Config:
     """Trajectories that the learned kernel is estimated from."""
     seed: int = 0
     results: Path = Path("results")
+    execution: tyro.conf.OmitArgPrefixes[Execution] = field(default_factory=Execution)
 
 
 def noisy(mdp: RegularizedMDP, noise: float) -> RegularizedMDP:
@@ -258,7 +265,9 @@ def main(config: Config) -> int:
         raise tt.InvalidInputError("families", f"expected some of {', '.join(FAMILIES)}, found {', '.join(unknown)}")
     wanted = product(config.families, config.noise)
     made = {f"{family}/{noise}": partial(run_cell, family, noise, config) for family, noise in wanted}
-    return run_experiment("transition_noise", config, made, summarise, lambda rows, _: [table(rows)])
+    return run_experiment(
+        "transition_noise", config, made, summarise, lambda rows, _: [table(rows)], execution=config.execution
+    )
 
 
 if __name__ == "__main__":

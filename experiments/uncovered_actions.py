@@ -21,12 +21,17 @@ regret is below 1e-10), `exact_down_to_lbfgs`, `unexpected`, `verdict`, `seconds
 from __future__ import annotations
 
 import math
+import os
+import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # Ctrl-C while packages load, which some of them do not survive
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import numpy as np
 import torch
@@ -39,6 +44,7 @@ from tbrm_theory import coverage
 from tbrm_theory.behaviours import MarkovBehaviour
 from tbrm_theory.claims.uncovered_actions import covered_optimum, omitted_actions
 from tbrm_theory.dynamic_programming import Solution, soft_policy, solve
+from tbrm_theory.execution import Execution
 from tbrm_theory.experiment import run_experiment
 from tbrm_theory.mdp import RegularizedMDP
 from tbrm_theory.moments import moment_form
@@ -85,6 +91,7 @@ class Config:
     iterations: int = 200
     """At most so many Levenberg-Marquardt steps."""
     results: Path = Path("results")
+    execution: tyro.conf.OmitArgPrefixes[Execution] = field(default_factory=Execution)
 
 
 # -- holes -----------------------------------------------------------------------------------------------------------
@@ -300,17 +307,19 @@ def cells(config: Config) -> dict[str, tuple[str, Any]]:
     return wanted
 
 
-def main(config: Config) -> int:
-    def made(kind: str, make_row: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-        row = {"kind": kind} | make_row(config, *arguments)
-        return row | {"verdict": verdict(row)}
+def made(config: Config, kind: str, make_row: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    row = {"kind": kind} | make_row(config, *arguments)
+    return row | {"verdict": verdict(row)}
 
+
+def main(config: Config) -> int:
     return run_experiment(
         "uncovered_actions",
         config,
-        {name: partial(made, kind, *cell) for name, (kind, cell) in cells(config).items()},
+        {name: partial(made, config, kind, *cell) for name, (kind, cell) in cells(config).items()},
         lambda rows, seconds: summarise(_with_infinities(rows), seconds),
         lambda rows, _: tables(_with_infinities(rows)),
+        execution=config.execution,
     )
 
 

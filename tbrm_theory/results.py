@@ -1,7 +1,7 @@
 """Run folders: ``results/<experiment>/<run>/`` with what was asked, where it ran, what came out.
 
 * ``config.json``: the settings; ``provenance.json``: versions, commit, machine;
-* ``metrics.jsonl``: append-only, one JSON object a line, on disk before ``record`` returns;
+* ``metrics.jsonl``: append-only, one JSON object a line, on disk before ``record`` returns; put in order when all are there;
 * ``summary.json``: written at the end, so its presence says that the run is complete;
 * ``results/<experiment>/latest``: a link to the run that was started or taken up last.
 
@@ -22,6 +22,7 @@ import platform
 import secrets
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from tbrm_theory.errors import InvalidInputError
-from tbrm_theory.json_fields import write_json
+from tbrm_theory.json_fields import replacement, write_json
 
 __all__ = ["Run", "plain_json", "provenance"]
 
@@ -150,11 +151,9 @@ class Run:
                 if file.write(line) < len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(file.fileno())
-            except BaseException as error:
+            except OSError as error:  # not a Ctrl-C: it finds the line whole
                 file.truncate(size)  # no half line: what is recorded next begins its own
-                if isinstance(error, OSError):
-                    raise OSError(error.errno, error.strerror, str(self.metrics)) from error
-                raise
+                raise OSError(error.errno, error.strerror, str(self.metrics)) from error
 
     def rows(self) -> list[dict[str, Any]]:
         """Every row recorded so far.
@@ -174,6 +173,16 @@ class Run:
                 raise InvalidInputError(f"{self.metrics}, line {n}", expected)
             found.append(row)
         return found
+
+    def arranged(self, cells: Iterable[str]) -> list[dict[str, Any]]:
+        """The rows in the order of ``cells``, from now on in the file, too: nothing that reads them sees in which they came."""
+        place = {cell: i for i, cell in enumerate(cells)}
+        rows = self.rows()
+        ordered = sorted(rows, key=lambda row: place[row["cell"]])
+        if ordered != rows:
+            with replacement(self.metrics) as file:
+                file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in ordered)
+        return ordered
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the summary: the run is complete, and no later one goes on with it."""

@@ -65,6 +65,7 @@ FLOORS = {
     "noise_cost": 4,
     "program": 1,
     "results": 4,
+    "execution": 4,
     "experiment": 5,
     "claims": 5,
     "llm": 5,
