@@ -11,24 +11,24 @@ own: a method that freezes ``V``, minimises and begins again can only stay where
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from tbrm_theory.behaviours import Components
-from tbrm_theory.dynamic_programming import Solution, soft_policy, soft_value, solve
+from tbrm_theory.dynamic_programming import Solution, soft_policy, solve
 from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.losses import LOSSES, TrajectoryScores
 from tbrm_theory.mdp import RegularizedMDP
 from tbrm_theory.occupancy import Enumeration, enumerate_trajectories
 from tbrm_theory.scores import table_scores
 from tbrm_theory.shapes import PerLayerState, PerLayerStateAction
-from tbrm_theory.tables import side_by_side
 from tbrm_theory.trajectories import TrajectoryBatch
 
 __all__ = ["LEARNED", "ExpectedUpdate"]
@@ -42,8 +42,7 @@ LEARNED = {
 }
 """What a loss trains beside the logits."""
 
-Rows = Float[Tensor, "rows parameters"]
-Groups = Int64[Tensor, "groups members"]
+Rows: TypeAlias = Float[Tensor, "rows parameters"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,15 +76,12 @@ class ExpectedUpdate:
         return gradient
 
     def expected_loss(self, rows: Rows) -> Float[Tensor, " rows"]:
-        """``E loss``; only its gradient means something where the method holds what depends on the row."""
+        """``E loss``; where the method holds what depends on the row, its gradient alone means something."""
         loss = LOSSES[self.loss]
-        logits, learned = self._parts(rows)
-        scores = self._scores(logits, learned)
-        size = {"group_size": 2} if loss.needs_group else {}
-        values = loss.function(scores, beta=self.mdp.beta, **size, **self.options)
-        weight = self._log_law(logits)[..., self._groups]
-        given_start = weight[..., 1:].sum(-1) - self._log_start[self._groups[..., 1:]].sum(-1)
-        return (values * (weight[..., 0] + given_start).exp()).sum(-1)
+        logits, learned = self.logits(rows), rows[..., self.logit_count :]
+        group = {"group_size": 2} if loss.needs_group else {}
+        values = loss.function(self._scores(logits, learned), beta=self.mdp.beta, **group, **self.options)
+        return (self._log_law(logits).exp() * values).sum(-1)
 
     # -- rows ------------------------------------------------------------------------------------------------------
 
@@ -124,9 +120,6 @@ class ExpectedUpdate:
         """``log π_θ`` of rows."""
         return tuple(soft_policy(table) for table in self.logits(rows))
 
-    def _parts(self, rows: Rows) -> tuple[PerLayerStateAction, Tensor]:
-        return self.logits(rows), rows[..., self.logit_count :]
-
     # -- data ------------------------------------------------------------------------------------------------------
 
     @cached_property
@@ -134,98 +127,76 @@ class ExpectedUpdate:
         return enumerate_trajectories(self.mdp)
 
     @cached_property
-    def _rollouts(self) -> tuple[Int64[Tensor, " rollouts"], Float[Tensor, " rollouts"], Float[Tensor, "rollouts steps"]]:
-        """What data hold: trajectories as indices, one for each policy that draws it; their log-law; ``log μ`` of each step."""
+    def _rollouts(
+        self,
+    ) -> tuple[Int64[Tensor, " rollouts"], Float[Tensor, " rollouts"], Float[Tensor, "rollouts steps"]]:
+        """Which trajectories data hold, one rollout for each policy that draws it; their log-law; ``log μ`` of each step.
+
+        The last two mean nothing for data of ``π_θ`` itself.
+        """
+        listed = self._listed
         if self.data is None:
-            every = torch.arange(len(self._listed.states))
-            return every, torch.zeros(len(every), dtype=torch.float64), torch.zeros_like(self._listed.states, dtype=torch.float64)
+            unknown = torch.zeros(listed.states.shape, dtype=torch.float64)
+            return torch.arange(len(unknown)), unknown[:, 0], unknown
         which, law, steps = [], [], []
         for weight, log_policy in self.data:
-            log_law = self._listed.log_law(log_policy)
+            log_law = listed.log_law(log_policy)
             drawn = (log_law > -torch.inf).nonzero().squeeze(-1)
+            taken = zip(log_policy, listed.states[drawn].T, listed.actions[drawn].T, strict=True)
             which.append(drawn)
-            law.append(log_law[drawn] + torch.tensor(weight, dtype=torch.float64).log())
-            states, actions = self._listed.states[drawn], self._listed.actions[drawn]
-            steps.append(torch.stack([log[states[:, h], actions[:, h]] for h, log in enumerate(log_policy)], dim=-1))
+            law.append(math.log(weight) + log_law[drawn])
+            steps.append(torch.stack([log[states, actions] for log, states, actions in taken], dim=-1))
         return torch.cat(which), torch.cat(law), torch.cat(steps)
 
     @cached_property
-    def _log_start(self) -> Float[Tensor, " rollouts"]:
-        """``log ρ(s_1)`` of every rollout."""
-        return self.mdp.initial[self._listed.states[self._rollouts[0], 0]].log()
-
-    @cached_property
-    def _groups(self) -> Groups:
-        """Every group as indices of rollouts: one alone, or two from one first state, in both orders and with themselves."""
-        count = len(self._rollouts[0])
-        if not LOSSES[self.loss].needs_group:
-            return torch.arange(count).unsqueeze(-1)
+    def _groups(self) -> Int64[Tensor, "groups members"]:
+        """Every batch, as indices of rollouts: one alone, or any two from one first state, in either order."""
         start = self._listed.states[self._rollouts[0], 0]
+        if not LOSSES[self.loss].needs_group:
+            return torch.arange(len(start)).unsqueeze(-1)
         return (start.unsqueeze(-1) == start).nonzero()
 
-    def _log_law(self, logits: PerLayerStateAction) -> Float[Tensor, "... rollouts"]:
-        """``log P(rollout)``, a constant."""
-        if self.data is not None:
-            return self._rollouts[1]
-        return self._listed.log_law(tuple(soft_policy(table).detach() for table in logits))
+    @cached_property
+    def _batches(self) -> TrajectoryBatch:
+        which = self._rollouts[0][self._groups]
+        states = self._listed.states[which]
+        return TrajectoryBatch(states, self._listed.actions[which], torch.ones_like(states, dtype=torch.bool))
+
+    def _log_law(self, logits: PerLayerStateAction) -> Float[Tensor, "... groups"]:
+        """The log-probability of every batch, held: the members are independent given their first state."""
+        policy = tuple(soft_policy(table).detach() for table in logits)
+        law = self._rollouts[1] if self.data is not None else self._listed.log_law(policy)
+        start = self.mdp.initial[self._batches.states[..., 0, 0]].log()
+        return law[..., self._groups].sum(-1) - (self._groups.shape[-1] - 1) * start
 
     # -- scores ----------------------------------------------------------------------------------------------------
 
-    def _scores(self, logits: PerLayerStateAction, learned: Tensor) -> TrajectoryScores:
-        """Of every group as a batch of its own: fields ``(rows, groups, members)`` or ``(rows, groups, members, steps)``."""
-        which, _, log_behaviour = self._rollouts
-        states = self._listed.states[which]
-        batch = TrajectoryBatch(states, self._listed.actions[which], torch.ones_like(states, dtype=torch.bool))
-        scores = table_scores(logits, self.mdp.log_reference, self.mdp.reward, batch)
-        reads = LOSSES[self.loss].fields
-        extra: dict[str, Tensor] = {}
-        if "behaviour_log_policy" in reads:
-            own = self.data is None or self.ratio_one
-            extra["behaviour_log_policy"] = scores.log_policy.detach() if own else log_behaviour
-        if "frozen_value" in reads:
-            assert scores.value is not None
-            extra["frozen_value"] = scores.value.detach()
-        if "frozen_initial_value" in reads:
-            extra["frozen_initial_value"] = scores.initial_value.detach()
-        if "reference_initial_value" in reads:  # a reference model whose logits are normalised
-            extra["reference_initial_value"] = torch.zeros_like(scores.trajectory_return)
-        if "entropy" in reads:
-            extra["entropy"] = _of_states([_entropy(table) for table in logits], states)
-        if "critic" in reads:
-            sizes = [len(valid) for valid in self.mdp.valid]
-            extra["critic"] = _of_states(learned.split(sizes, dim=-1), states)
-        for name in {"log_partition", "baseline"} & set(reads):
-            known = learned if name == LEARNED.get(self.loss) else self._partition
-            extra[name] = known[..., states[:, 0]]
-        return _grouped(replace(scores, **extra), self._groups)
+    def _scores(self, logits: PerLayerStateAction, learned: Float[Tensor, "... learned"]) -> TrajectoryScores:
+        """Of every batch, ``(rows, groups, members)`` and ``(rows, groups, members, steps)``."""
+        own = LEARNED.get(self.loss)
+        values = learned.unsqueeze(-2)
+        sizes = [len(valid) for valid in self.mdp.valid]
+        scores = table_scores(
+            tuple(table.unsqueeze(-3) for table in logits),
+            self.mdp.log_reference,
+            self.mdp.reward,
+            self._batches,
+            reference_first_logits=self.mdp.log_reference[0],
+            frozen_logits=tuple(table.detach().unsqueeze(-3) for table in logits),
+            log_partition=values if own == "log_partition" else None,
+            baseline=values if own == "baseline" else self._reference_value,
+            critic=values.split(sizes, dim=-1) if own == "critic" else None,
+            entropy="entropy" in LOSSES[self.loss].fields,
+        )
+        drawn_by_itself = self.data is None or self.ratio_one
+        behaviour = scores.log_policy.detach() if drawn_by_itself else self._rollouts[2][self._groups]
+        return replace(scores, behaviour_log_policy=behaviour)
 
     @cached_property
-    def _partition(self) -> Float[Tensor, " starts"]:
-        """``log E_{π_ref}[exp(r/β) | s_1]``, what A*-PO estimates before training; ``V*(s_1)`` on deterministic transitions."""
-        exponent = self._listed.sum_along(self.mdp.reward) / self.mdp.beta + self._listed.log_law(self.mdp.log_reference)
-        mine = self._listed.states[:, 0] == torch.arange(len(self.mdp.initial)).unsqueeze(-1)
-        total = torch.where(mine, exponent, -torch.inf).logsumexp(-1)
-        return torch.where(self.mdp.initial > 0, total - self.mdp.initial.log(), 0.0)
-
-
-def _entropy(logits: Tensor) -> Tensor:
-    """``H(π_θ(·|s)) = V - E_π logit``."""
-    probability = soft_policy(logits).exp()
-    finite = torch.where(logits > -torch.inf, logits, 0.0)
-    return soft_value(logits) - (probability * finite).sum(-1)
-
-
-def _of_states(values: Any, states: Tensor) -> Tensor:
-    """One value for every state visited, ``(…, rollouts, steps)``."""
-    return torch.stack([value[..., states[:, h]] for h, value in enumerate(values)], dim=-1)
-
-
-def _grouped(scores: TrajectoryScores, groups: Groups) -> TrajectoryScores:
-    def pick(name: str, table: Tensor) -> Tensor:
-        per_step = name in PER_STEP
-        return table[..., groups, :] if per_step else table[..., groups]
-
-    return TrajectoryScores(**{name: pick(name, table) for name, table in scores.given().items()})
-
-
-PER_STEP = {"log_policy", "log_reference", "mask", "value", "reward", "behaviour_log_policy", "critic", "frozen_value", "entropy"}
+    def _reference_value(self) -> Float[Tensor, " starts"]:
+        """``log E_{π_ref}[exp(r/β) | s_1]``, which A*-PO estimates before it trains; ``V*(s_1)`` on deterministic transitions."""
+        listed = self._listed
+        exponent = listed.sum_along(self.mdp.reward) / self.mdp.beta + listed.log_law(self.mdp.log_reference)
+        of_start = listed.states[:, 0] == torch.arange(len(self.mdp.initial)).unsqueeze(-1)
+        joint = torch.where(of_start, exponent, -torch.inf).logsumexp(-1)
+        return torch.where(self.mdp.initial > 0, joint - self.mdp.initial.log(), 0.0)
