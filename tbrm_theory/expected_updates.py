@@ -156,6 +156,11 @@ class ExpectedUpdate:
             return torch.arange(len(start)).unsqueeze(-1)
         return (start.unsqueeze(-1) == start).nonzero()
 
+    @property
+    def batch_count(self) -> int:
+        """Trajectories, or pairs of them, that an expectation sums over."""
+        return len(self._groups)
+
     @cached_property
     def _batches(self) -> TrajectoryBatch:
         which = self._rollouts[0][self._groups]

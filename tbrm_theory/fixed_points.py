@@ -50,7 +50,8 @@ class Rest:
     """The least real part over the largest absolute value; 0, or rounding below it, where a direction changes nothing."""
     asymmetry: Float[Tensor, " points"]
     """``|J - Jᵀ|/|J|``: rounding if ``G`` is a gradient near the point."""
-    iterations: Int64[Tensor, ""]
+    steps: Int64[Tensor, " points"]
+    """Steps of the flow."""
 
 
 def jacobian(field: Field, points: Points) -> tuple[Points, Float[Tensor, "points parameters parameters"]]:
@@ -77,20 +78,24 @@ def rest(field: Field, starts: Points, *, steps: int = 200) -> Rest:
     scale = torch.where(largest > 0, largest, torch.ones_like(largest))
     length = 1 / slope.flatten(1).norm(dim=-1).clamp(min=1e-3 * scale)
     identity = torch.eye(starts.shape[-1], dtype=starts.dtype)
-    iterations = 0
-    for iterations in range(steps):
+    taken = torch.zeros(len(starts), dtype=torch.int64)
+    for _ in range(steps):
         size = value.norm(dim=-1)
         moving = (value.abs().amax(-1) > RESIDUAL * scale) & ~_far(point, starts)
         if not bool(moving.any()):
             break
+        leaving = -torch.linalg.eigvals(slope).real.amin(-1)
+        length = torch.where(leaving > 0, length.clamp(max=0.5 / leaving), length)
         step = -torch.linalg.solve(identity / length[:, None, None] + slope, value)
         longest = step.abs().amax(-1, keepdim=True)
         step = step * (LONGEST_STEP / longest).clamp(max=1.0)
         point = torch.where(moving.unsqueeze(-1), point + step, point)
+        taken = taken + moving.to(torch.int64)
         value, slope = jacobian(field, point)
         if not bool(value.isfinite().all()):
             raise InvalidInputError("field", "not finite on the way")
-        growth = (size / value.norm(dim=-1).clamp(min=1e-300)).clamp(0.3, 4.0)
+        shrunk = size / value.norm(dim=-1).clamp(min=1e-300)
+        growth = torch.where(shrunk >= 1, shrunk.clamp(2.0, 4.0), shrunk.clamp(min=0.3))
         length = (length * growth).clamp(max=1e9)
     eigenvalues = torch.linalg.eigvals(slope)
     spread = eigenvalues.abs().amax(-1).clamp(min=1e-300)
@@ -104,7 +109,7 @@ def rest(field: Field, starts: Points, *, steps: int = 200) -> Rest:
         runs_away=away,
         least_eigenvalue=eigenvalues.real.amin(-1) / spread,
         asymmetry=skew / slope.flatten(1).norm(dim=-1).clamp(min=1e-300),
-        iterations=torch.tensor(iterations),
+        steps=taken,
     )
 
 
