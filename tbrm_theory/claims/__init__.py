@@ -12,6 +12,7 @@ from tbrm_theory.claims import (
     corrected_residual,
     counterexamples,
     coverage_growth,
+    family,
     finite_sample,
     identities,
     linear_classes,
@@ -68,5 +69,6 @@ REGISTERED_IN = (
     corrected_residual,
     own,
     linear_classes,
+    family,
 )
 """The modules whose import adds claims to :data:`CLAIMS`."""
