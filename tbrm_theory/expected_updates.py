@@ -62,6 +62,8 @@ class ExpectedUpdate:
     """Take data for the policy's own, whoever drew them: all ratios are 1."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Those of the loss."""
+    listed: Enumeration | None = None
+    """All trajectories, if they are listed already."""
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
@@ -124,7 +126,7 @@ class ExpectedUpdate:
 
     @cached_property
     def _listed(self) -> Enumeration:
-        return enumerate_trajectories(self.mdp)
+        return enumerate_trajectories(self.mdp) if self.listed is None else self.listed
 
     @cached_property
     def _rollouts(
@@ -178,21 +180,25 @@ class ExpectedUpdate:
 
     def _scores(self, logits: PerLayerStateAction, learned: Float[Tensor, "... learned"]) -> TrajectoryScores:
         """Of every batch, ``(rows, groups, members)`` and ``(rows, groups, members, steps)``."""
-        own = LEARNED.get(self.loss)
-        values = learned.unsqueeze(-2)
+        reads, own = LOSSES[self.loss].fields, LEARNED.get(self.loss)
+        tables, values = tuple(table.unsqueeze(-3) for table in logits), learned.unsqueeze(-2)
+        held = tuple(table.detach() for table in tables)
         sizes = [len(valid) for valid in self.mdp.valid]
         scores = table_scores(
-            tuple(table.unsqueeze(-3) for table in logits),
+            tables,
             self.mdp.log_reference,
             self.mdp.reward,
             self._batches,
-            reference_first_logits=self.mdp.log_reference[0],
-            frozen_logits=tuple(table.detach().unsqueeze(-3) for table in logits),
+            reference_first_logits=self.mdp.log_reference[0] if "reference_initial_value" in reads else None,
+            frozen_first_logits=held[0] if "frozen_initial_value" in reads else None,
+            frozen_logits=held if "frozen_value" in reads else None,
             log_partition=values if own == "log_partition" else None,
-            baseline=values if own == "baseline" else self._reference_value,
+            baseline=(values if own == "baseline" else self._reference_value) if "baseline" in reads else None,
             critic=values.split(sizes, dim=-1) if own == "critic" else None,
-            entropy="entropy" in LOSSES[self.loss].fields,
+            entropy="entropy" in reads,
         )
+        if "behaviour_log_policy" not in reads:
+            return scores
         drawn_by_itself = self.data is None or self.ratio_one
         behaviour = scores.log_policy.detach() if drawn_by_itself else self._rollouts[2][self._groups]
         return replace(scores, behaviour_log_policy=behaviour)

@@ -14,6 +14,7 @@ from tbrm_theory.claims import (
     coverage_growth,
     family,
     finite_sample,
+    held_targets,
     identities,
     linear_classes,
     linearisation,
@@ -23,6 +24,7 @@ from tbrm_theory.claims import (
     noisy_transitions,
     outcome_reward,
     own,
+    points_of_rest,
     rates,
     regret_bounds,
     residual_identities,
@@ -70,5 +72,7 @@ REGISTERED_IN = (
     own,
     linear_classes,
     family,
+    points_of_rest,
+    held_targets,
 )
 """The modules whose import adds claims to :data:`CLAIMS`."""

@@ -7,6 +7,7 @@ through it or through the solver. ``g_θ = log π_θ/π_ref - r/β``, so ``f_θ 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -17,8 +18,7 @@ from tbrm_theory.claims.cases import Case
 from tbrm_theory.claims.comparison import Comparison
 from tbrm_theory.claims.registry import claim
 from tbrm_theory.claims.residual_identities import leaves, terms
-from tbrm_theory.claims.small_problems import any_problem, data_of, rows_of
-from tbrm_theory.expected_updates import ExpectedUpdate
+from tbrm_theory.claims.small_problems import PROBLEMS, any_problem, data_of, rows_of, update_of
 from tbrm_theory.losses import LOSSES, TrajectoryScores
 from tbrm_theory.random_tables import seeded
 from tbrm_theory.scores import table_scores
@@ -42,9 +42,10 @@ def pair_weights(case: Case, log_law: Tensor) -> Tensor:
     return log_law[..., one] + log_law[..., other] - start
 
 
+@lru_cache(maxsize=4)
 def _expected(case: Case, loss: str) -> Tensor:
     """The loss on the data of :func:`data_of`, for both draws of logits."""
-    update = ExpectedUpdate(case.mdp, loss, [(1.0, data_of(case))])
+    update = update_of(case, loss, [(1.0, data_of(case))])
     return update.expected_loss(rows_of(update, case))
 
 
@@ -66,7 +67,7 @@ def _pair_operations(case: Case) -> int:
 # -- F1 ------------------------------------------------------------------------------------------------------------
 
 
-@claim("F1.a", source="own", problem=any_problem)
+@claim("F1.a", source="own", problem=any_problem, problems=PROBLEMS)
 def vargrad_is_the_variance(case: Case) -> Comparison:
     """E over groups of VarGrad = min_c E_μ(f_θ + c(s_1))² = E Var_μ(g_θ|s_1)
 
@@ -80,14 +81,14 @@ def vargrad_is_the_variance(case: Case) -> Comparison:
     return Comparison(_expected(case, "vargrad"), right, _pair_scale(case), _pair_operations(case))
 
 
-@claim("F1.b", source="own", problem=any_problem)
+@claim("F1.b", source="own", problem=any_problem, problems=PROBLEMS)
 def tbrm_is_vargrad_and_an_offset(case: Case) -> Comparison:
     """L_μ(θ + c) = E VarGrad(θ) + E (c(s_1) + E_μ[f_θ|s_1])² for any c on the logits of layer 1
 
     so VarGrad is what is left of TBRM at the best offset, and TBRM also trains the value. Left: ``tbrm_loss`` on all trajectories.
     Right: ``vargrad_loss`` on all pairs, and the conditional mean by hand. *Proof.* I8.b, and ``E X² = Var X + (E X)²``. ∎
     """
-    update = ExpectedUpdate(case.mdp, "tbrm", [(1.0, data_of(case))])
+    update = update_of(case, "tbrm", [(1.0, data_of(case))])
     shift = case.gauge[0]
     moved = (case.logits[0] + shift.unsqueeze(-1), *case.logits[1:])
     rows = torch.stack([update.row(tuple(table[i] for table in moved), ()) for i in range(len(shift))])
@@ -100,7 +101,7 @@ def tbrm_is_vargrad_and_an_offset(case: Case) -> Comparison:
 # -- F2 ------------------------------------------------------------------------------------------------------------
 
 
-@claim("F2", source="own")
+@claim("F2", source="own", problem=any_problem, problems=PROBLEMS)
 def tied_trajectory_balance(case: Case) -> Comparison:
     """trajectory balance with log Z tied to V_θ(s_1) is TBRM, value and gradient
 
@@ -140,7 +141,7 @@ def _value_and_gradient(case: Case, loss: Tensor, logits: PerLayerStateAction) -
 # -- F3 ------------------------------------------------------------------------------------------------------------
 
 
-@claim("F3.a", source="[Y] App. E; own", problem=any_problem)
+@claim("F3.a", source="[Y] App. E; own", problem=any_problem, problems=PROBLEMS)
 def pairs_are_differences(case: Case) -> Comparison:
     """E(g - g')² = E(f_θ(τ) - f_θ(τ'))² = 2 E VarGrad, two responses to one prompt
 
@@ -158,7 +159,7 @@ def pairs_are_differences(case: Case) -> Comparison:
     return Comparison(left, right, _pair_scale(case), _pair_operations(case))
 
 
-@claim("F3.b", source="own", problem=any_problem)
+@claim("F3.b", source="own", problem=any_problem, problems=PROBLEMS)
 def on_policy_gradients_of_groups(case: Case) -> Comparison:
     """on-policy, the law held: ∇VarGrad = ½∇E(g - g')² = -(2/β) ∇J_β(π_θ)
 
@@ -168,7 +169,7 @@ def on_policy_gradients_of_groups(case: Case) -> Comparison:
     """
     left = []
     for loss, factor in (("vargrad", 1.0), ("pairwise", 0.5)):
-        update = ExpectedUpdate(case.mdp, loss, None)
+        update = update_of(case, loss, None)
         left.append(factor * update(rows_of(update, case)))
     own = leaves(case, case.logits)
     q = dynamic_programming.admissible_logits(case.mdp, own)
@@ -187,7 +188,7 @@ def on_policy_gradients_of_groups(case: Case) -> Comparison:
 GROUP = 4
 
 
-@claim("F5", source="own")
+@claim("F5", source="own", problem=any_problem, problems=PROBLEMS)
 def leave_one_out_is_vargrad(case: Case) -> Comparison:
     """RLOO at ratio 1, the KL in the reward: its gradient is (β/2) ∇VarGrad, for any rollouts
 

@@ -11,15 +11,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tbrm_theory.behaviours import Components
 from tbrm_theory.claims.cases import DRAWS, Case, case_of
 from tbrm_theory.expected_updates import ExpectedUpdate
 from tbrm_theory.families import make
 from tbrm_theory.random_tables import seeded
 from tbrm_theory.shapes import PerLayerStateAction
 
-__all__ = ["MOST_PAIRS", "any_problem", "certain_problem", "data_of", "draw_of", "few_pairs", "noisy_problem", "rows_of"]
+__all__ = [
+    "MOST_PAIRS",
+    "PROBLEMS",
+    "any_problem",
+    "certain_problem",
+    "data_of",
+    "draw_of",
+    "few_pairs",
+    "noisy_problem",
+    "rows_of",
+    "update_of",
+]
 
 MOST_PAIRS = 700
+PROBLEMS = 36
+"""How many of them a claim is tried on: each has the expected gradients of a loss or two."""
 _CERTAIN: tuple[tuple[str, dict[str, Any]], ...] = (
     ("deterministic-dag", {"horizon": 3, "states": 2, "actions": 2, "reference": "dirichlet"}),
     ("token-tree", {"horizon": 2, "vocabulary": 3, "prompts": 2, "rewards": "step", "reference": "dirichlet"}),
@@ -57,8 +71,8 @@ def any_problem(seed: int) -> Case:
 
 
 def _small(choices: tuple[tuple[str, dict[str, Any]], ...], seed: int) -> Case:
-    turn, choice = divmod(seed // 2, len(choices))
-    name, options = choices[choice]
+    turn = seed // 2
+    name, options = choices[turn % len(choices)]
     spread = torch.rand((), generator=seeded(seed), dtype=torch.float64).item()
     beta = _EXTREME[turn // 4 % len(_EXTREME)] if turn % 4 == 3 else 0.1 * 30**spread
     return case_of(make(name, seed=seed, beta=beta, **options), name, seed)
@@ -72,6 +86,11 @@ def draw_of(case: Case, tables: PerLayerStateAction) -> PerLayerStateAction:
 def data_of(case: Case) -> PerLayerStateAction:
     """``log μ`` of Markov data with full support, one of the two draws."""
     return draw_of(case, case.log_behaviour)
+
+
+def update_of(case: Case, loss: str, data: Components | None, **settings: Any) -> ExpectedUpdate:
+    """On the trajectories that the case has listed."""
+    return ExpectedUpdate(case.mdp, loss, data, listed=case.listed, **settings)
 
 
 def rows_of(update: ExpectedUpdate, case: Case) -> Tensor:
