@@ -1,11 +1,12 @@
 """Which losses have the optimal policy as a minimiser, or rest there, and on which data: computed, not asserted.
 
-Every loss of the family (theory.md §5) on six kinds of data: Markov with full support; a mixture of policies on merged states that does
-not identify the optimum (X1); data that omit actions (X3); on-policy; and the first and the last of these on stochastic transitions
-(X2). All trajectories, or all pairs of them, are listed, so the expected update is exact. From three starts (the reference, a random
-one, the optimum with its values) the flow of the expected update is followed until it rests (`tbrm_theory.fixed_points`). What a
-method holds is held: the law of on-policy data, old log-probabilities, frozen values (a loss that freezes values rests where an update
-frozen there vanishes). Groups have two rollouts. `ratio 1` takes all data for the policy's own, as trainers without correction do.
+Every loss of the family (theory.md §5) on six kinds of data: Markov with full support; a mixture of policies on
+merged states that does not identify the optimum (X1); data that omit actions (X3); on-policy; and the first and the
+last of these on stochastic transitions (X2). All trajectories, or all pairs of them, are listed, so the expected
+update is exact. From three starts (the reference, a random one, the optimum with its values) the flow of the expected
+update is followed until it rests (`tbrm_theory.fixed_points`). What a method holds is held: the law of on-policy
+data, old log-probabilities, frozen values (a loss that freezes values rests where an update frozen there vanishes).
+Groups have two rollouts. `ratio 1` takes all data for the policy's own, as trainers without correction do.
 
 Each cell of the table has one of these verdicts over its problems:
 
@@ -17,15 +18,17 @@ Each cell of the table has one of these verdicts over its problems:
 
 Predicted are the first two, and that the verdict is one of the last two for all others: `PREDICTED`, with the theorems.
 
-A row of metrics.jsonl has for each start `regret` (over that of the reference), `rests`, `residual` (largest entry of the update over the
-largest at the starts), `least_eigenvalue` (of its Jacobian, over the largest; negative beyond rounding: a saddle), `asymmetry` (of the
-Jacobian; 0: the update is the gradient of a function, of which a point of rest without negative eigenvalues is a minimum, to second
-order), `steps`; and `batches`, the number of trajectories or pairs listed.
+A row of metrics.jsonl has for each start `regret` (over that of the reference), `rests`, `residual` (largest entry of
+the update over the largest at the starts), `least_eigenvalue` (of its Jacobian, over the largest; negative beyond
+rounding: a saddle), `asymmetry` (of the Jacobian; 0: the update is the gradient of a function, of which a point of
+rest without negative eigenvalues is a minimum, to second order), `steps`; and `batches`, the number of trajectories
+or pairs listed.
 
-summary.json: `verdicts` and `regrets` (by loss and kind of data; the latter the largest from the reference, relative), `wrong` (cells
-that came out otherwise), `largest_regret_at_optimum` (over all cells with the verdict `optimum`), `largest_residual` and
-`least_eigenvalue` (over all points of rest), `minimisers` and `fixed_points` (how many of these have a symmetric Jacobian, and how many
-not), `unexpected`, `verdict`, `seconds`. Exit status 1 if a cell is not as predicted, or a point of rest is a saddle.
+summary.json: `verdicts` and `regrets` (by loss and kind of data; the latter the largest from the reference,
+relative), `wrong` (cells that came out otherwise), `largest_regret_at_optimum` (over all cells with the verdict
+`optimum`), `largest_residual` and `least_eigenvalue` (over all points of rest), `minimisers` and `fixed_points` (how
+many of these have a symmetric Jacobian, and how many not), `unexpected`, `verdict`, `seconds`. Exit status 1 if a
+cell is not as predicted, or a point of rest is a saddle.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """F1-F3, F5: the losses of the family are one another's: TBRM, trajectory balance, VarGrad, pairs, leave-one-out policy gradients.
 
-One side is ``expected_updates`` on all trajectories or on all pairs of them, hence ``losses``; the other is ``by_hand``, or autograd
-through it or through the solver. ``g_θ = log π_θ/π_ref - r/β``, so ``f_θ = V_θ(s_1) + g_θ`` (I5).
+One side is ``expected_updates`` on all trajectories or on all pairs of them, hence ``losses``; the other is
+``by_hand``, or autograd through it or through the solver. ``g_θ = log π_θ/π_ref - r/β``, so ``f_θ = V_θ(s_1) + g_θ``
+(I5).
 """
 
 from __future__ import annotations
@@ -71,9 +72,9 @@ def _pair_operations(case: Case) -> int:
 def vargrad_is_the_variance(case: Case) -> Comparison:
     """E over groups of VarGrad = min_c E_μ(f_θ + c(s_1))² = E Var_μ(g_θ|s_1)
 
-    Left: ``vargrad_loss`` on all pairs of trajectories. Right: the conditional variance over all trajectories. *Proof.* The (n-1)-variance of
-    n independent draws has the variance as its mean; ``f_θ`` is ``g_θ`` plus a function of ``s_1``, and of all numbers to
-    subtract the mean is the best. ∎
+    Left: ``vargrad_loss`` on all pairs of trajectories. Right: the conditional variance over all trajectories.
+    *Proof.* The (n-1)-variance of n independent draws has the variance as its mean; ``f_θ`` is ``g_θ`` plus a
+    function of ``s_1``, and of all numbers to subtract the mean is the best. ∎
     """
     f, log_law = by_hand.residual(case, case.logits), _law(case)
     mean = by_hand.mean_by_start(case, log_law, f)[..., case.listed.states[:, 0]]
@@ -85,8 +86,9 @@ def vargrad_is_the_variance(case: Case) -> Comparison:
 def tbrm_is_vargrad_and_an_offset(case: Case) -> Comparison:
     """L_μ(θ + c) = E VarGrad(θ) + E (c(s_1) + E_μ[f_θ|s_1])² for any c on the logits of layer 1
 
-    so VarGrad is what is left of TBRM at the best offset, and TBRM also trains the value. Left: ``tbrm_loss`` on all trajectories.
-    Right: ``vargrad_loss`` on all pairs, and the conditional mean by hand. *Proof.* I8.b, and ``E X² = Var X + (E X)²``. ∎
+    so VarGrad is what is left of TBRM at the best offset, and TBRM also trains the value. Left: ``tbrm_loss`` on all
+    trajectories. Right: ``vargrad_loss`` on all pairs, and the conditional mean by hand. *Proof.* I8.b, and ``E X² =
+    Var X + (E X)²``. ∎
     """
     update = update_of(case, "tbrm", [(1.0, data_of(case))])
     shift = case.gauge[0]
@@ -105,8 +107,8 @@ def tbrm_is_vargrad_and_an_offset(case: Case) -> Comparison:
 def tied_trajectory_balance(case: Case) -> Comparison:
     """trajectory balance with log Z tied to V_θ(s_1) is TBRM, value and gradient
 
-    Left: ``trajectory_balance_loss`` on all trajectories, ``log Z`` the ``logsumexp`` of the logits differentiated by. Right: the
-    square of the definition of ``f_θ``, and autograd through that. *Proof.* I5. ∎
+    Left: ``trajectory_balance_loss`` on all trajectories, ``log Z`` the ``logsumexp`` of the logits differentiated
+    by. Right: the square of the definition of ``f_θ``, and autograd through that. *Proof.* I5. ∎
     """
     log_law = case.listed.log_law(case.log_behaviour)
     own, again = leaves(case, case.logits), leaves(case, case.logits)
@@ -145,8 +147,9 @@ def _value_and_gradient(case: Case, loss: Tensor, logits: PerLayerStateAction) -
 def pairs_are_differences(case: Case) -> Comparison:
     """E(g - g')² = E(f_θ(τ) - f_θ(τ'))² = 2 E VarGrad, two responses to one prompt
 
-    Left: ``pairwise_loss`` on all pairs, once as it is and once against ``vargrad_loss``. Right: differences of residuals by their
-    definition, and twice VarGrad. *Proof.* I10; the variance of two numbers is half the square of their difference. ∎
+    Left: ``pairwise_loss`` on all pairs, once as it is and once against ``vargrad_loss``. Right: differences of
+    residuals by their definition, and twice VarGrad. *Proof.* I10; the variance of two numbers is half the square of
+    their difference. ∎
     """
     one, other = pairs_of(case)
     f = by_hand.residual(case, case.logits)
@@ -163,9 +166,10 @@ def pairs_are_differences(case: Case) -> Comparison:
 def on_policy_gradients_of_groups(case: Case) -> Comparison:
     """on-policy, the law held: ∇VarGrad = ½∇E(g - g')² = -(2/β) ∇J_β(π_θ)
 
-    as for TBRM's policy (I9), with no value in it. Left: ``vargrad_loss`` and ``pairwise_loss`` on all pairs. Right: autograd through
-    ``objective``. *Proof.* ``∇½E(g - g')² = E(g - g')(∇log π_θ(τ) - ∇log π_θ(τ')) = 2 E g ∇log π_θ(τ)``: the scores have mean
-    0 given ``s_1``, and the two draws are independent. And ``E g ∇log π_θ = -∇J_β/β`` (I9). ∎
+    as for TBRM's policy (I9), with no value in it. Left: ``vargrad_loss`` and ``pairwise_loss`` on all pairs. Right:
+    autograd through ``objective``. *Proof.* ``∇½E(g - g')² = E(g - g')(∇log π_θ(τ) - ∇log π_θ(τ')) = 2 E g ∇log
+    π_θ(τ)``: the scores have mean 0 given ``s_1``, and the two draws are independent. And ``E g ∇log π_θ = -∇J_β/β``
+    (I9). ∎
     """
     left = []
     for loss, factor in (("vargrad", 1.0), ("pairwise", 0.5)):
@@ -192,10 +196,11 @@ GROUP = 4
 def leave_one_out_is_vargrad(case: Case) -> Comparison:
     """RLOO at ratio 1, the KL in the reward: its gradient is (β/2) ∇VarGrad, for any rollouts
 
-    in groups of four, drawn at random among all trajectories of a first state. Left: autograd through ``rloo_loss``. Right: autograd
-    through the sample variance of ``f_θ`` by its definition. *Proof.* The advantage is ``R_i - mean_{j≠i} R_j = n/(n-1) (R_i - R̄)``
-    with ``R = -β g``, so the gradient is ``-(1/n) Σ A_i ∇log π(τ_i) = β/(n-1) Σ (g_i - ḡ) ∇g_i``; and that of ``Σ (g_i - ḡ)²/(n-1)``
-    is ``2/(n-1) Σ (g_i - ḡ) ∇g_i``. Nothing was asked of the rollouts. ∎ In units of β.
+    in groups of four, drawn at random among all trajectories of a first state. Left: autograd through ``rloo_loss``.
+    Right: autograd through the sample variance of ``f_θ`` by its definition. *Proof.* The advantage is ``R_i -
+    mean_{j≠i} R_j = n/(n-1) (R_i - R̄)`` with ``R = -β g``, so the gradient is ``-(1/n) Σ A_i ∇log π(τ_i) = β/(n-1) Σ
+    (g_i - ḡ) ∇g_i``; and that of ``Σ (g_i - ḡ)²/(n-1)`` is ``2/(n-1) Σ (g_i - ḡ) ∇g_i``. Nothing was asked of the
+    rollouts. ∎ In units of β.
     """
     groups = _random_groups(case)
     own, again = leaves(case, case.logits), leaves(case, case.logits)

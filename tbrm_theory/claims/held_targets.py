@@ -1,7 +1,7 @@
 """F6, F7: what is held decides: a frozen value at the state itself traps, a frozen target one step ahead does no harm.
 
-Soft Q-learning in two readings of [Y] App. E. In the first the frozen ``V`` is all there is of the value and the log-ratio is trained; in the
-second ("-q") the logit is trained and only ``V(s_{h+1})`` is frozen.
+Soft Q-learning in two readings of [Y] App. E. In the first the frozen ``V`` is all there is of the value and the
+log-ratio is trained; in the second ("-q") the logit is trained and only ``V(s_{h+1})`` is frozen.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def frozen_values_score_alike(case: Case) -> Comparison:
 def frozen_values_trap_alike(case: Case) -> Comparison:
     """so all three keep (0,0) if and only if a ≥ 1.88308…; SQL on logits and TBRM move to (a,0) at any a
 
-    Left: the loss of the logits that win: with a frozen value ``(0,0)`` from the threshold on and ``(a,0)`` below; else ``(a,0)``. Right:
-    that of the others. *Proof.* X5.c; on one step SQL on logits is TBRM (F7.b). ∎
+    Left: the loss of the logits that win: with a frozen value ``(0,0)`` from the threshold on and ``(a,0)`` below;
+    else ``(a,0)``. Right: that of the others. *Proof.* X5.c; on one step SQL on logits is TBRM (F7.b). ∎
     """
     a = _advantage(case)
     frozen, free = _bandit_losses(case, FROZEN), _bandit_losses(case, FREE)
@@ -97,10 +97,10 @@ def _mixture(case: Case) -> tuple[list[tuple[float, tuple[Tensor, ...]]], Tensor
 def frozen_target_is_fitted_iteration(case: Case) -> Comparison:
     """SQL on logits, one-step: its update is 2 d^μ_h(s,a) (Q_θ - T_β Q_θ)(s,a), for any data and any transitions
 
-    a mixture too: μ enters only through the mass of pairs. So on data that have every pair, κ = ∞ or not, it rests at Q* and nowhere
-    else (I1). Left: the expected update by ``sql_one_step_q_loss``. Right: masses by sums over trajectories, ``T_β`` over the
-    edges. *Proof.* The target is held, so the gradient is ``2 E[1{s_h=s, a_h=a} (logit - R_β - V_θ(s_{h+1}))]``, and
-    given ``(s_h,a_h)`` the next state is drawn from P whoever acts. ∎
+    a mixture too: μ enters only through the mass of pairs. So on data that have every pair, κ = ∞ or not, it rests
+    exactly where Q = T_β Q, at Q* (I1). Left: the expected update by ``sql_one_step_q_loss``. Right: masses by sums
+    over trajectories, ``T_β`` over the edges. *Proof.* The target is held, so the gradient is ``2 E[1{s_h=s, a_h=a}
+    (logit - R_β - V_θ(s_{h+1}))]``, and given ``(s_h,a_h)`` the next state is drawn from P whoever acts. ∎
     """
     parts, law = _mixture(case)
     update = update_of(case, "sql-one-step-q", parts)
@@ -118,8 +118,9 @@ def frozen_target_is_fitted_iteration(case: Case) -> Comparison:
 def frozen_target_on_one_step(case: Case) -> Comparison:
     """on one step SQL on logits, one-step and multi-step, is TBRM: value and gradient
 
-    Tried on the last layer of the problems alone, every pair once. Left: ``sql_one_step_q_loss`` and ``sql_multi_step_q_loss``. Right: the
-    mean of ``(logit - R_β)²``, and autograd through it. *Proof.* Nothing follows the last step, so nothing is frozen. ∎
+    Tried on the last layer of the problems alone, every pair once. Left: ``sql_one_step_q_loss`` and
+    ``sql_multi_step_q_loss``. Right: the mean of ``(logit - R_β)²``, and autograd through it. *Proof.* Nothing
+    follows the last step, so nothing is frozen. ∎
     """
     valid = case.mdp.valid[-1]
     states, actions = valid.nonzero(as_tuple=True)
@@ -145,12 +146,13 @@ def _with_gradient(loss: Tensor, table: Tensor) -> Tensor:
 
 @claim("F7.c", source="own", problem=any_problem, problems=PROBLEMS)
 def where_ppo_rests(case: Case) -> Comparison:
-    """PPO at ratio 1, without entropy bonus: at (π*, V* + c) its update is β c(s) [d(s,a) - π*(a|s) d(s)], and 2 c(s) d(s) in the critic
+    """PPO at ratio 1, no entropy: at (π*, V* + c) its update is β c(s) [d(s,a) - π*(a|s) d(s)], in the critic 2 c(s) d(s)
 
-    for any data, noise, mixtures and omitted actions included, and any c, with λ = 1. So it rests at ``(π*, V*)``, where TBRM does not
-    (X2); a critic that is wrong pulls only off-policy. Left: the expected update by ``ppo_loss``. Right: masses by sums over trajectories.
-    *Proof.* At π* ``r_k/β - log π*/π_ref = V*(s_k) - E V*(s_{k+1})``, whichever action was taken, so the advantage is ``-c(s_h)`` plus noise of mean
-    0 given ``(s_h, a_h)``. The policy's update is ``-β E A_h ∇log π(a_h|s_h)`` and the critic's ``-2 E A_h``. ∎
+    for any data, noise, mixtures and omitted actions included, and any c, with λ = 1. So it rests at ``(π*, V*)``,
+    where TBRM does not (X2); a critic that is wrong pulls only off-policy. Left: the expected update by ``ppo_loss``.
+    Right: masses by sums over trajectories. *Proof.* At π* ``r_k/β - log π*/π_ref = V*(s_k) - E V*(s_{k+1})``,
+    whichever action was taken, so the advantage is ``-c(s_h)`` plus noise of mean 0 given ``(s_h, a_h)``. The
+    policy's update is ``-β E A_h ∇log π(a_h|s_h)`` and the critic's ``-2 E A_h``. ∎
     """
     parts, law = _mixture(case)
     update = update_of(case, "ppo", parts, ratio_one=True, options={"entropy_coefficient": 0.0})
@@ -169,8 +171,9 @@ def where_ppo_rests(case: Case) -> Comparison:
 def ppo_rests_for_any_lambda(case: Case) -> Comparison:
     """… and at (π*, V*) it rests for any λ, whoever drew the data, and on-policy
 
-    Left: the expected update by ``ppo_loss`` at λ = ½ of the mixture, and at λ = 0 on-policy. Right: 0. *Proof.* Each ``δ_k = r_k/β - log
-    π*/π_ref + V*(s_{k+1}) - V*(s_k)`` has mean 0 given ``(s_k, a_k)`` and all before, hence the advantage too. ∎
+    Left: the expected update by ``ppo_loss`` at λ = ½ of the mixture, and at λ = 0 on-policy. Right: 0. *Proof.* Each
+    ``δ_k = r_k/β - log π*/π_ref + V*(s_{k+1}) - V*(s_k)`` has mean 0 given ``(s_k, a_k)`` and all before, hence the
+    advantage too. ∎
     """
     parts, law = _mixture(case)
     nothing = tuple(torch.zeros_like(table) for table in case.solution.v)

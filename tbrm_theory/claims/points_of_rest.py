@@ -1,7 +1,8 @@
 """F4, F7: which updates rest at the optimum, and where others rest.
 
-Left: ``expected_updates``, gradients of ``losses`` summed over all trajectories or all pairs of them. Right: 0, or the formula, by sums over
-listed trajectories. An update on-policy holds the law of the data; π* means ``θ* = Q*``, with ``V*`` for whatever else is learned.
+Left: ``expected_updates``, gradients of ``losses`` summed over all trajectories or all pairs of them. Right: 0, or
+the formula, by sums over listed trajectories. An update on-policy holds the law of the data; π* means ``θ* = Q*``,
+with ``V*`` for whatever else is learned.
 """
 
 from __future__ import annotations
@@ -74,10 +75,11 @@ def _operations(case: Case) -> int:
 def rest_at_the_optimum_on_policy(case: Case) -> Comparison:
     """stochastic transitions, on-policy: TBRM, VarGrad, TB, RLOO, REINFORCE, pairs, … rest at π*
 
-    (:data:`REST_ON_POLICY`, three for each problem): the bias of X2 is off-policy only. Left: the expected update at θ*. Right: 0. *Proof.*
-    ``E g ∇log π_θ(τ) = -∇J_β/β`` (I9) vanishes at π*. Each update of the policy is a multiple of that, plus ``E b ∇log
-    π_θ`` with ``b`` a function of ``s_1`` or of another, independent rollout, which is 0. For suffixes from layer ``h`` it is the same from
-    ``s_h`` on. What is learned beside it has the gradient ``2 E[(V + g)|s_1]``, 0 at ``V = V* = -E_{π*}[g|s_1]``. ∎
+    (:data:`REST_ON_POLICY`, three for each problem): the bias of X2 is off-policy only. Left: the expected update at
+    θ*. Right: 0. *Proof.* ``E g ∇log π_θ(τ) = -∇J_β/β`` (I9) vanishes at π*. Each update of the policy is a multiple
+    of that, plus ``E b ∇log π_θ`` with ``b`` a function of ``s_1`` or of another, independent rollout, which is 0.
+    For suffixes from layer ``h`` it is the same from ``s_h`` on. What is learned beside it has the gradient ``2 E[(V
+    + g)|s_1]``, 0 at ``V = V* = -E_{π*}[g|s_1]``. ∎
     """
     log_law = case.listed.log_law(case.solution.log_policy)
     found = []
@@ -94,10 +96,11 @@ def rest_at_the_optimum_on_policy(case: Case) -> Comparison:
 def brm_does_not_rest(case: Case) -> Comparison:
     """stochastic transitions, any data: the slope of BRM at θ* along c_h(s) = V*(s), h ≥ 2, is 2 Σ_h E Var(V*(s_{h+1})|s_h,a_h)
 
-    which is twice TBRM's noise floor and positive (I7.d); so BRM does not rest at θ*, not even on-policy. Left: the update by
-    ``brm_loss`` at θ*, on-policy and on other data, along c. Right: sums of variances over all trajectories. *Proof.* At θ* the residual
-    of a step is ``n_h = E[V*(s_{h+1})|s_h,a_h] - V*(s_{h+1})``, of mean 0 given ``(s_h,a_h)``, and moving by c changes it
-    by ``c(s_h) - c(s_{h+1})``: the slope is ``-2 Σ E n_h V*(s_{h+1}) = 2 Σ E n_h²``. ∎
+    which is twice TBRM's noise floor and positive (I7.d); so BRM does not rest at θ*, not even on-policy. Left: the
+    update by ``brm_loss`` at θ*, on-policy and on other data, along c. Right: sums of variances over all
+    trajectories. *Proof.* At θ* the residual of a step is ``n_h = E[V*(s_{h+1})|s_h,a_h] - V*(s_{h+1})``, of mean 0
+    given ``(s_h,a_h)``, and moving by c changes it by ``c(s_h) - c(s_{h+1})``: the slope is ``-2 Σ E n_h V*(s_{h+1})
+    = 2 Σ E n_h²``. ∎
     """
     along = [torch.zeros_like(case.solution.v[0]), *case.solution.v[1:]]
     left, laws = [], []
@@ -121,7 +124,8 @@ def brm_does_not_rest(case: Case) -> Comparison:
 def dr_grpo_rest(case: Case) -> PerLayerStateAction:
     """``log π`` of ``π(a|s) = 2β π_ref(a|s)/(λ(s) - Q(s,a))``, ``Q`` the expected return of π, backwards over the layers.
 
-    ``λ > max Q`` is where the probabilities sum to 1; the sum is convex and falls, so Newton's method rises to it from the left.
+    ``λ > max Q`` is where the probabilities sum to 1; the sum is convex and falls, so Newton's method rises to it
+    from the left.
     """
     policies: list[Tensor] = []
     value = torch.zeros(())
@@ -146,10 +150,10 @@ def dr_grpo_rest(case: Case) -> PerLayerStateAction:
 def where_dr_grpo_rests(case: Case) -> Comparison:
     """Dr. GRPO, two rollouts, on-policy: rests at π = 2β π_ref/(λ(s) - Q^π(s,a)), Q^π the return without the KL
 
-    for any transitions; on one step ``2β π_ref/(λ - r)``, where π* is ``∝ π_ref e^{r/β}``. Left: the expected update by ``dr_grpo_loss``
-    there. Right: 0. *Proof.* A group mean includes the rollout, so ``A_i = ½(r_i - r_j)`` and the update is ``-½ ∇E r``
-    plus that of β k3 (F4.d): at ``(s,a)`` it is ``d(s)`` times ``-½ π (Q^π - V^π) + β (π - π_ref)``. That vanishes iff ``π (2β +
-    V^π - Q^π) = 2β π_ref``; call ``2β + V^π`` λ. ∎
+    for any transitions; on one step ``2β π_ref/(λ - r)``, where π* is ``∝ π_ref e^{r/β}``. Left: the expected update
+    by ``dr_grpo_loss`` there. Right: 0. *Proof.* A group mean includes the rollout, so ``A_i = ½(r_i - r_j)`` and the
+    update is ``-½ ∇E r`` plus that of β k3 (F4.d): at ``(s,a)`` it is ``d(s)`` times ``-½ π (Q^π - V^π) + β (π -
+    π_ref)``. That vanishes iff ``π (2β + V^π - Q^π) = 2β π_ref``; call ``2β + V^π`` λ. ∎
     """
     log_policy = dr_grpo_rest(case)
     update = update_of(case, "dr-grpo", None)
@@ -166,10 +170,10 @@ def where_dr_grpo_rests(case: Case) -> Comparison:
 def divergence_of_k3(case: Case) -> Comparison:
     """on-policy, GRPO's k3 penalty pulls along KL(π_ref ‖ π_θ) in the states visited; times the ratio, along KL(π_θ ‖ π_ref)
 
-    Its gradient is ``β d(s) (π - π_ref)(a|s)``, and ``β d(s) π(a|s) (log π/π_ref - KL)`` with ``corrected_kl``. Left: the
-    expected update by ``dr_grpo_loss`` without rewards. Right: the formulas, ``d`` by sums over trajectories. *Proof.* With
-    ``x = log π_ref/π``, ``∇k3 = (1 - e^x) ∇log π``, of mean ``-E_{π_ref} ∇log π``; and ``∇(w k3) = (k3 + 1 - e^x) ∇log π =
-    -x ∇log π`` at ``w = 1``. ∎
+    Its gradient is ``β d(s) (π - π_ref)(a|s)``, and ``β d(s) π(a|s) (log π/π_ref - KL)`` with ``corrected_kl``. Left:
+    the expected update by ``dr_grpo_loss`` without rewards. Right: the formulas, ``d`` by sums over trajectories.
+    *Proof.* With ``x = log π_ref/π``, ``∇k3 = (1 - e^x) ∇log π``, of mean ``-E_{π_ref} ∇log π``; and ``∇(w k3) = (k3
+    + 1 - e^x) ∇log π = -x ∇log π`` at ``w = 1``. ∎
     """
     calm = without_reward(case)
     updates = [update_of(calm, "dr-grpo", None, options={"corrected_kl": corrected}) for corrected in (False, True)]
@@ -207,10 +211,10 @@ def two_arms(seed: int) -> Case:
 def dr_grpo_leaves_the_optimum(case: Case) -> Comparison:
     """two arms, uniform reference: at π* Dr. GRPO's update pulls the better arm down by more than ½ β (π* - ½) > 0
 
-    so π* is not its point of rest, whatever the rewards. Left: the bound, with ``π* = σ(Δr/β)``. Right: the expected update by
-    ``dr_grpo_loss``, on-policy, in the better arm's logit. *Proof.* With ``x = Δr/β`` it is ``β [(π* - ½) - ½ π*(1-π*) x]`` (F4.c),
-    ``π* - ½ = ½ tanh(x/2)`` and ``π*(1-π*) = ¼ sech²(x/2)``: the share of the second term is ``x/(2 sinh x) < ½``. ∎ For other
-    references there are rewards for which it does rest at π*.
+    so π* is not its point of rest, whatever the rewards. Left: the bound, with ``π* = σ(Δr/β)``. Right: the expected
+    update by ``dr_grpo_loss``, on-policy, in the better arm's logit. *Proof.* With ``x = Δr/β`` it is ``β [(π* - ½) -
+    ½ π*(1-π*) x]`` (F4.c), ``π* - ½ = ½ tanh(x/2)`` and ``π*(1-π*) = ¼ sech²(x/2)``: the share of the second term is
+    ``x/(2 sinh x) < ½``. ∎ For other references there are rewards for which it does rest at π*.
     """
     x = (case.mdp.reward[0][0, 0] - case.mdp.reward[0][0, 1]) / case.mdp.beta
     update = update_of(case, "dr-grpo", None)
@@ -250,11 +254,12 @@ def _kimi_scale(case: Case) -> Tensor:
 
 @claim("F4.f", source="own", problem=certain_problem, problems=PROBLEMS)
 def kimi_knows_the_rollout(case: Case) -> Comparison:
-    """deterministic, on-policy: Kimi's update of two rollouts at π* has the slope E[V̂ (x + x' - 2 E x)], V̂ = log ½(e^x + e^x'), x = r/β
+    """deterministic, on-policy: at π* Kimi's update of two rollouts has the slope E[V̂ (x + x' - 2 E x)], V̂ = log ½(e^x + e^x')
 
-    along ``d/dt`` of the optimal logits for the rewards ``(1+t) r``. Left: the expected update by ``kimi_loss``. Right: the sum over all pairs.
-    *Proof.* At π* ``g = -V*(s_1)``, and along that direction ``∇log π(τ)`` is ``x - E[x|s_1]`` (I2). The slope is ``2 E (V̂ + g)
-    (x - E x)``, in which g cancels, and V̂ does not: it knows x. ∎
+    along ``d/dt`` of the optimal logits for the rewards ``(1+t) r``, with ``x = r/β``. Left: the expected update by
+    ``kimi_loss``. Right: the sum over all pairs. *Proof.* At π* ``g = -V*(s_1)``, and along that direction ``∇log
+    π(τ)`` is ``x - E[x|s_1]`` (I2). The slope is ``2 E (V̂ + g) (x - E x)``, in which g cancels, and V̂ does not: it
+    knows x. ∎
     """
     slope, one, other, weights = _slope_of_kimi(case)
     x = by_hand.return_in_beta(case)
@@ -269,9 +274,9 @@ def kimi_knows_the_rollout(case: Case) -> Comparison:
 def kimi_does_not_rest(case: Case) -> Comparison:
     """… and it is at least ½ E (x - x')² P(r'' ≤ min(r, r')), positive as soon as two returns to a prompt differ
 
-    so π* is no point of rest: rewards are valued too little. Left: the bound, over all pairs. Right: the slope by ``kimi_loss``. *Proof.* The slope
-    of F4.f is ``2 Cov(h(x), x) = E (h(x) - h(x'))(x - x')`` with ``h(x) = E log ½(e^x + e^x'')``, and ``h' = E σ(x - x'') ≥
-    ½ P(x'' ≤ x)``. ∎
+    so π* is no point of rest: rewards are valued too little. Left: the bound, over all pairs. Right: the slope by
+    ``kimi_loss``. *Proof.* The slope of F4.f is ``2 Cov(h(x), x) = E (h(x) - h(x'))(x - x')`` with ``h(x) = E log
+    ½(e^x + e^x'')``, and ``h' = E σ(x - x'') ≥ ½ P(x'' ≤ x)``. ∎
     """
     slope, x, y, weights = _slope_of_kimi(case)
     one, other = pairs_of(case)
