@@ -21,7 +21,7 @@ Predicted are the first two, and that the verdict is one of the last two for all
 A row of metrics.jsonl has for each start `regret` (over that of the reference), `rests`, `residual` (largest entry of
 the update over the largest at the starts), `least_eigenvalue` (of its Jacobian, over the largest; negative beyond
 rounding: a saddle), `asymmetry` (of the Jacobian; 0: the update is the gradient of a function, of which a point of
-rest without negative eigenvalues is a minimum, to second order), `steps`; and `batches`, the number of trajectories
+rest without negative eigenvalues is a minimum, to second order), `steps`; and `verdict` and `batches`, the number of trajectories
 or pairs listed.
 
 summary.json: `verdicts` and `regrets` (by loss and kind of data; the latter the largest from the reference,
@@ -186,7 +186,7 @@ def cell(row: str, kind: str, number: int, seed: int) -> dict[str, Any]:
     found = rest(update, torch.stack([reference, reference + noise, update.optimum]), steps=100)
     regret = tt.regret(mdp, update.log_policy(found.point), solution=update.solution)
     scale = tt.regret(mdp, mdp.log_reference, solution=update.solution)
-    return {
+    made = {
         "loss": row,
         "kind": kind,
         "problem": number,
@@ -198,6 +198,7 @@ def cell(row: str, kind: str, number: int, seed: int) -> dict[str, Any]:
         "asymmetry": dict(zip(STARTS, found.asymmetry.tolist(), strict=True)),
         "steps": dict(zip(STARTS, found.steps.tolist(), strict=True)),
     }
+    return made | {"verdict": verdict(made)}
 
 
 def verdict(row: dict[str, Any]) -> str:
@@ -236,7 +237,7 @@ def summarise(rows: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
     cells = {
         (name, kind): [r for r in rows if (r["loss"], r["kind"]) == (name, kind)] for name in names for kind in KINDS
     }
-    verdicts = {key: worst([verdict(row) for row in group]) for key, group in cells.items()}
+    verdicts = {key: worst([row["verdict"] for row in group]) for key, group in cells.items()}
     at_rest = [(row, start) for row in rows for start in STARTS if row["rests"][start]]
     saddles = [
         f"{row['cell']} from {start}: saddle" for row, start in at_rest if row["least_eigenvalue"][start] < SADDLE
