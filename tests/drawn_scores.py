@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tbrm_theory.losses import TrajectoryScores
+from tests.plain_losses import Row
 
 STEP_FIELDS = (
     "log_policy",
@@ -71,6 +72,15 @@ def filled(scores: TrajectoryScores, padding: float) -> TrajectoryScores:
     return changed(
         scores, lambda field, table: torch.where(scores.mask, table, padding) if field in STEP_FIELDS else table
     )
+
+
+def plain_rows(scores: TrajectoryScores) -> list[Row]:
+    """One dictionary of lists and numbers for each trajectory, masked steps left out."""
+    rows: list[Row] = []
+    for i, length in enumerate(scores.mask.sum(-1).tolist()):
+        row: Row = {field: getattr(scores, field)[i].tolist()[:length] for field in STEP_FIELDS}
+        rows.append(row | {field: getattr(scores, field)[i].item() for field in TRAJECTORY_FIELDS})
+    return rows
 
 
 def with_gradients(
