@@ -20,9 +20,8 @@ Predicted are the first two, and that the verdict is one of the last two for all
 
 A row of metrics.jsonl has for each start `regret` (over that of the reference), `rests`, `residual` (largest entry of
 the update over the largest at the starts), `least_eigenvalue` (of its Jacobian, over the largest; negative beyond
-rounding: a saddle), `asymmetry` (of the Jacobian; 0: the update is the gradient of a function, of which a point of
-rest without negative eigenvalues is a minimum, to second order), `steps`; and `verdict` and `batches`, the number of trajectories
-or pairs listed.
+rounding: a saddle), `asymmetry` (of the Jacobian; 0: as at a minimum of a function, else the fixed point of a field),
+`steps`; and its `verdict` and `batches`, the number of trajectories or pairs listed.
 
 summary.json: `verdicts` and `regrets` (by loss and kind of data; the latter the largest from the reference,
 relative), `wrong` (cells that came out otherwise), `largest_regret_at_optimum` (over all cells with the verdict
@@ -150,7 +149,7 @@ def only(mdp: RegularizedMDP, taken: Callable[[int], tuple[int, ...]]) -> tuple[
 
 def problem(kind: str, number: int, seed: int) -> tuple[RegularizedMDP, Components | None]:
     """A problem small enough to list all pairs of trajectories, and the policies that draw its data; None for the own."""
-    made = {"seed": seed + number, "beta": 0.5, "reference": "dirichlet"}
+    made: dict[str, Any] = {"seed": seed + number, "beta": 0.5, "reference": "dirichlet"}
     if kind == "mixture":
         if number % 2 == 0:
             mdp = tt.make("one-state", horizon=2, actions=2, **made)
@@ -209,9 +208,11 @@ def verdict(row: dict[str, Any]) -> str:
     right = {start: rests[start] and regret[start] <= EXACT for start in STARTS}
     if all(right.values()):
         return OPTIMUM
-    if all(rests.values()):
-        return AMONG if right["optimum"] else ELSEWHERE
-    return "unclear" if any(right.values()) else NOWHERE
+    if right["optimum"]:
+        return AMONG if all(rests.values()) else "unclear"
+    if any(right.values()):
+        return "unclear"
+    return ELSEWHERE if all(rests.values()) else NOWHERE
 
 
 def worst(verdicts: list[str]) -> str:

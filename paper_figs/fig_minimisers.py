@@ -73,7 +73,7 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
     figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     axis.set_xlabel(
         "largest regret from the reference start, over that of the reference\n"
-        "min: the update is the gradient of a function, of which this is a minimum; rest: it is not, and vanishes here",
+        "min: the Jacobian of the update is symmetric and has no negative eigenvalue, as at a minimum; rest: it is not symmetric",
         fontsize=9,
     )
     return figure

@@ -193,7 +193,7 @@ class ExpectedUpdate:
             frozen_first_logits=held[0] if "frozen_initial_value" in reads else None,
             frozen_logits=held if "frozen_value" in reads else None,
             log_partition=values if own == "log_partition" else None,
-            baseline=(values if own == "baseline" else self._reference_value) if "baseline" in reads else None,
+            baseline=(values if own == "baseline" else self.reference_value) if "baseline" in reads else None,
             critic=values.split(sizes, dim=-1) if own == "critic" else None,
             entropy="entropy" in reads,
         )
@@ -204,7 +204,7 @@ class ExpectedUpdate:
         return replace(scores, behaviour_log_policy=behaviour)
 
     @cached_property
-    def _reference_value(self) -> Float[Tensor, " starts"]:
+    def reference_value(self) -> Float[Tensor, " starts"]:
         """``log E_{π_ref}[exp(r/β) | s_1]``, which A*-PO estimates before it trains; ``V*(s_1)`` on deterministic transitions."""
         listed = self._listed
         exponent = listed.sum_along(self.mdp.reward) / self.mdp.beta + listed.log_law(self.mdp.log_reference)

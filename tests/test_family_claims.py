@@ -14,6 +14,7 @@ from plants import Plant, check_that_the_verdict_turns, function, scaled
 
 import tbrm_theory as tt
 from tbrm_theory import dynamic_programming
+from tbrm_theory.behaviours import Components
 from tbrm_theory.claims import CLAIMS, Verdict, held_targets, select, small_problems, verify
 from tbrm_theory.claims.cases import case_of
 from tbrm_theory.claims.points_of_rest import REST_ON_POLICY, dr_grpo_rest
@@ -189,7 +190,7 @@ def test_the_trap_is_tested_on_both_sides_of_the_threshold(
 def test_soft_q_learning_on_logits_finds_the_optimum_where_tbrm_cannot() -> None:
     """X1's mixture, κ = ∞: F7.a. TBRM's loss is 0 where it ends, and its policy is wrong."""
     mdp = tt.make("one-state", seed=3, horizon=2, actions=2, beta=0.5)
-    parts = []
+    parts: Components = []
     for action in (0, 1):
         table = torch.full((1, 2), -math.inf, dtype=torch.float64)
         table[0, action] = 0.0
