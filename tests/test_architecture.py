@@ -60,6 +60,8 @@ FLOORS = {
     "conditioning": 3,
     "parametrisations": 3,
     "objectives": 4,
+    "expected_updates": 4,
+    "fixed_points": 4,
     "optimisers": 4,
     "training": 4,
     "noise_cost": 4,

@@ -14,6 +14,7 @@ import test_boundaries_optimisation
 import test_convergence_claims
 import test_coverage_boundary_claims
 import test_coverage_claims
+import test_family_claims
 import test_noise_cost
 import torch
 from plants import Plant, check_that_the_verdict_turns, function, kernels, later_layers, scaled
@@ -39,6 +40,7 @@ NUMBERS = [
     *(f"C{n}" for n in range(1, 5)),
     *(f"X{n}" for n in range(1, 8)),
     *(f"O{n}" for n in range(1, 8)),
+    *(f"F{n}" for n in range(1, 8)),
 ]
 FEW = ["chain", "garnet", "deterministic-tree"]
 
@@ -151,6 +153,7 @@ def test_a_bug_is_planted_for_every_claim() -> None:
         test_convergence_claims,
         test_boundaries_optimisation,
         test_noise_cost,
+        test_family_claims,
     )
     planted = set(BUGS).union(*(module.BUGS for module in elsewhere))
     assert planted == set(CLAIMS)

@@ -12,7 +12,9 @@ from tbrm_theory.claims import (
     corrected_residual,
     counterexamples,
     coverage_growth,
+    family,
     finite_sample,
+    held_targets,
     identities,
     linear_classes,
     linearisation,
@@ -23,6 +25,7 @@ from tbrm_theory.claims import (
     noisy_transitions,
     outcome_reward,
     own,
+    points_of_rest,
     rates,
     regret_bounds,
     residual_identities,
@@ -70,5 +73,8 @@ REGISTERED_IN = (
     own,
     linear_classes,
     noisy_rewards,
+    family,
+    points_of_rest,
+    held_targets,
 )
 """The modules whose import adds claims to :data:`CLAIMS`."""

@@ -46,8 +46,8 @@ class Claim:
 
 CLAIMS: dict[str, Claim] = {}
 """Every claim by id, in the order of theory.md, whatever the order of imports."""
-_SECTIONS = "IBCXO"
-"""Identities, inequalities, convergence, boundaries, and own additions."""
+_SECTIONS = "IBCXOF"
+"""Identities, inequalities, convergence, boundaries, own additions, and the family of losses."""
 
 
 def claim(
