@@ -97,7 +97,7 @@ def memory_estimate(run: Run, launch: Launch | None = None) -> Memory:
     rows = training.per_device_train_batch_size
     layers, width, vocabulary = configuration.num_hidden_layers, configuration.hidden_size, configuration.vocab_size
     tokens, per_layer = rows * (prompt + completion), layer_elements(configuration)
-    if training.gradient_checkpointing:
+    if training.activation_checkpointing:
         activations = tokens * narrow * (layers * width + per_layer)
     else:
         activations = tokens * narrow * layers * per_layer
@@ -145,7 +145,7 @@ def work_estimate(run: Run) -> Work:
     batches = math.ceil(training.max_steps / getattr(training, "num_iterations", 1))
     generated = rollouts * _completion(run) if method.rollouts else 0
     read = rollouts * (arguments.prompt_tokens + _completion(run))
-    update = 6 * (2 if method.critic else 1) + (2 if training.gradient_checkpointing else 0)
+    update = 6 * (2 if method.critic else 1) + (2 if training.activation_checkpointing else 0)
     per_batch = 2.0 * (rollouts * arguments.prompt_tokens * bool(generated) + generated) + 2.0 * read * method.reference
     return Work(
         parameters=parameters,
