@@ -7,11 +7,13 @@ code), so its reference is a copy of the instance and never a second load.
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+import inspect
+from typing import Any, TypeVar
 
 import torch
+from accelerate.utils import is_peft_model  # type: ignore[import-untyped]
 
-__all__ = ["frozen_copy", "without_dropout"]
+__all__ = ["base_model", "frozen_copy", "takes_position_ids", "without_dropout"]
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -40,3 +42,13 @@ def without_dropout(model: Model) -> Model:
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
     return model
+
+
+def takes_position_ids(model: torch.nn.Module) -> bool:
+    """Whether the model can be told where its tokens stand; some (ALiBi) have no positions to tell."""
+    return "position_ids" in inspect.signature(type(base_model(model)).forward).parameters
+
+
+def base_model(model: torch.nn.Module) -> Any:
+    """The model under its adapters, if it has any."""
+    return model.get_base_model() if is_peft_model(model) else model  # type: ignore[operator]
