@@ -4,39 +4,39 @@
     accelerate launch --config_file experiments/configs/launch/fsdp_4gpu.yaml \\
         experiments/llm_run.py --config experiments/configs/qwen2.5-math-1.5b.yaml --only tbrm-n1
 
-A file names its runs under ``methods`` and repeats them for its ``seeds``. ``--only NAME`` picks some, ``--key value`` overrides a field
-in all of them, ``--key.inner value`` an entry of a mapping. Fields: ``tbrm_theory/llm/run_arguments.py``, and those of the trainer
-of each method (``tbrm_theory/llm/methods.py``).
+A file names its runs under ``methods`` and repeats them for its ``seeds``. ``--only NAME`` picks some, ``--key value`` overrides a
+field in all of them, ``--key.inner value`` an entry of a mapping. Fields:
+``tbrm_theory/llm/run_arguments.py``, and those of the trainer of each method (``tbrm_theory/llm/methods.py``).
 
 ``--dry-run`` needs neither network nor accelerator: it builds the arguments of every run, the architecture on the meta device, a few
-problems, and parses the launch files with accelerate's own classes; then it prints what each run takes. Exit status 2: something in
-the file does not fit together, named.
+problems, and parses the launch files with accelerate's own classes; then it prints what each run takes. Exit status 1: a run needs
+more memory than its device has; 2: something in the file does not fit together, named.
 
 With ``run: exact`` the file holds the settings of ``experiments/exact_transformer.py`` instead, and that is what is run.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the libraries are imported
 
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
+from rich.console import Console
+from rich.table import Table
 
-from tbrm_theory.errors import InvalidInputError  # noqa: E402
-from tbrm_theory.llm.launch_files import Launch, read_launch_file  # noqa: E402
-from tbrm_theory.llm.methods import METHODS, configuration_class, trainer_class  # noqa: E402
-from tbrm_theory.llm.run_arguments import MATH  # noqa: E402
-from tbrm_theory.llm.run_estimates import Memory, Work, memory_estimate, work_estimate  # noqa: E402
-from tbrm_theory.llm.run_files import Run, read_file, read_runs, split_command_line  # noqa: E402
-from tbrm_theory.llm.run_parts import build_dataset, build_tokenizer, model_configuration  # noqa: E402
-from tbrm_theory.llm.tokenizer import check_readable  # noqa: E402
-from tbrm_theory.program import run_program  # noqa: E402
+from tbrm_theory.errors import InvalidInputError
+from tbrm_theory.llm.launch_files import Launch, read_launch_file
+from tbrm_theory.llm.methods import configuration_class, trainer_class
+from tbrm_theory.llm.run_arguments import MATH
+from tbrm_theory.llm.run_estimates import Memory, Work, memory_estimate, work_estimate
+from tbrm_theory.llm.run_files import Run, read_file, read_runs, read_settings, split_command_line
+from tbrm_theory.llm.run_parts import build_dataset, build_tokenizer, model_configuration
+from tbrm_theory.llm.tokenizer import check_readable
+from tbrm_theory.program import run_program
 
 _GIB = 2**30
 _SAMPLED_PROBLEMS = 8
@@ -63,13 +63,17 @@ def check_run(run: Run, launches: Sequence[Launch]) -> None:
         raise InvalidInputError("report_to", "nothing is reported, and no code of a model is run")
     for launch in launches:
         if launch.processes != arguments.processes:
-            raise InvalidInputError("launch", f"starts {launch.processes} processes, but `processes` is {arguments.processes}")
+            raise InvalidInputError(
+                "launch", f"starts {launch.processes} processes, but `processes` is {arguments.processes}"
+            )
         if launch.mixed_precision != ("bf16" if training.bf16 else "no"):
             raise InvalidInputError("launch", f"mixed precision {launch.mixed_precision}, but bf16 is {training.bf16}")
     longest = getattr(model_configuration(arguments), "max_position_embeddings", None)
     needed = arguments.prompt_tokens + (getattr(training, "max_completion_length", None) or 0)
     if longest is not None and needed > longest:
-        raise InvalidInputError("max_completion_length", f"{needed} tokens with the prompt; the model has {longest} positions")
+        raise InvalidInputError(
+            "max_completion_length", f"{needed} tokens with the prompt; the model has {longest} positions"
+        )
     if arguments.task != MATH or (arguments.data and Path(arguments.data).suffix):
         check_problems(run)
 
@@ -85,23 +89,51 @@ def check_problems(run: Run) -> None:
         check_readable("".join(tokenizer.get_vocab()), texts)
         longest = max(len(text) for side in split for text in side["prompt"])
         if longest > arguments.prompt_tokens:
-            raise InvalidInputError("prompt_tokens", f"a prompt has {longest} characters, more than {arguments.prompt_tokens}")
+            raise InvalidInputError(
+                "prompt_tokens", f"a prompt has {longest} characters, more than {arguments.prompt_tokens}"
+            )
 
 
 def tables(checked: Sequence[tuple[Run, Memory, Work]]) -> list[Table]:
     """Memory on each device in GiB, and the work of each run."""
-    parts = ("weights", "gradients", "optimiser", "reference", "critic", "gathered", "activations", "logits", "generation")
+    parts = (
+        "weights",
+        "gradients",
+        "optimiser",
+        "reference",
+        "critic",
+        "gathered",
+        "activations",
+        "logits",
+        "generation",
+    )
     memory = Table("run", *parts, "peak", title="GiB on each device (estimate)")
     work = Table(
-        "run", "parameters", "updates", "problems", "rollouts", "tokens made", "operations", "models", title="work, at most"
+        "run",
+        "parameters",
+        "updates",
+        "problems",
+        "rollouts",
+        "tokens made",
+        "operations",
+        "models",
+        title="work, at most",
     )
+    shown: set[str] = set()
     for run, taken, done in checked:
+        if run.arguments.name in shown:
+            continue  # the same with another seed
+        shown.add(run.arguments.name)
         row = [f"{getattr(taken, part) / _GIB:.3g}" for part in parts]
         room = run.arguments.device_gib
-        peak = f"{taken.peak / _GIB:.3g}" + (f" of {room:g}" if room else "")
-        memory.add_row(run.name, *row, peak)
+        peak = (
+            f"{taken.peak / _GIB:.3g}" + (f" of {room:g}" if room else "") + ("" if fits(run, taken) else ": too much")
+        )
+        memory.add_row(run.arguments.name, *row, peak)
         counts = (done.parameters, done.updates, done.problems, done.rollouts, done.generated_tokens)
-        work.add_row(run.name, *(f"{count:,}" for count in counts), f"{done.operations:.2g}", str(done.models_held))
+        work.add_row(
+            run.arguments.name, *(f"{count:,}" for count in counts), f"{done.operations:.2g}", str(done.models_held)
+        )
     return [memory, work]
 
 
@@ -117,12 +149,29 @@ def main(arguments: Sequence[str]) -> int:
     if not runs[0].arguments.dry_run:
         return train(runs)
     console = Console(width=None if sys.stdout.isatty() else 200)
-    for table in tables(dry_run(runs)):
+    checked = dry_run(runs)
+    for table in tables(checked):
         console.print(table)
     for run in runs:
         if run.left_out:
             console.print(f"{run.name}: {type(run.training).__name__} has no {', '.join(run.left_out)}", markup=False)
-    return 0
+    return 0 if all(fits(run, memory) for run, memory, _ in checked) else 1
+
+
+def fits(run: Run, memory: Memory) -> bool:
+    """Whether the estimate is below the memory of a device, where that is known."""
+    return not run.arguments.device_gib or memory.peak <= run.arguments.device_gib * _GIB
+
+
+def run_exact(arguments: Sequence[str]) -> int:
+    """The experiment with an exact optimum, with the settings of the file."""
+    exact = importlib.import_module("experiments.exact_transformer" if __package__ else "exact_transformer")
+    wanted = [word for word in arguments if word != "--dry-run"]
+    settings = read_settings(wanted, exact.Config)
+    if len(wanted) < len(arguments):
+        Console().print(settings, markup=False)
+        return 0
+    return int(exact.main(settings))
 
 
 def train(runs: Sequence[Run]) -> int:

@@ -1,6 +1,7 @@
 """Files for ``accelerate launch``: how many processes, and what is sharded; DeepSpeed's own JSON that such a file may name.
 
-They are parsed by accelerate's own classes, so that a key it does not know is an error here, without the devices they are meant for.
+They are parsed by accelerate's own classes, so that a key it does not know is an error here, without the devices that they
+are meant for. A path inside one is relative to where the command is given, as accelerate reads it.
 """
 
 from __future__ import annotations
@@ -37,12 +38,14 @@ def read_launch_file(path: str | Path) -> Launch:
 def _stage(path: str, kind: str, found: Any) -> int:
     if kind == "DEEPSPEED":
         options = dict(found.deepspeed_config)
-        if json_file := options.get("deepspeed_config_file"):
-            return int(DeepSpeedPlugin(hf_ds_config=str(Path(path).parent / json_file)).zero_stage)
-        return int(DeepSpeedPlugin(zero_stage=options["zero_stage"]).zero_stage)
+        given = options.get("deepspeed_config_file")
+        try:
+            plugin = DeepSpeedPlugin(hf_ds_config=given) if given else DeepSpeedPlugin(zero_stage=options["zero_stage"])
+        except (KeyError, ValueError) as error:
+            raise InvalidInputError(path, f"accelerate refuses deepspeed_config: {error}") from error
+        return int(plugin.zero_stage)
     if kind == "FSDP":
-        plugin = _fsdp(path, dict(found.fsdp_config))
-        return 3 if plugin.reshard_after_forward else 2
+        return 3 if _fsdp(path, dict(found.fsdp_config)).reshard_after_forward else 2
     return 0
 
 

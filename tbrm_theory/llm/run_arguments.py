@@ -1,4 +1,4 @@
-"""What an LLM run is told beside the settings of its trainer: the method, the problems, the model, its pre-training and how it is judged.
+"""What an LLM run is told beside the settings of its trainer: method, problems, model, pre-training, judging.
 
 Everything else (``learning_rate``, ``beta``, ``num_generations``, ``max_steps``, …) are the fields of the trainer's own configuration,
 and stand in the same YAML file beside these.
@@ -21,60 +21,87 @@ MATH = "math"
 """The task whose problems come from ``data``, with answers in a box."""
 
 
-def _told(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class RunArguments:
     """Fields of an LLM run; ``TrlParser`` fills them from a YAML file and a command line."""
 
     # What is run.
-    run: Literal["train", "exact"] = _told("train", "train a method, or the experiment with an exact optimum")
-    dry_run: bool = _told(False, "build all arguments, check them, print memory and work, and train nothing")
-    method: MethodName = _told("tbrm", "which trainer and loss")
-    name: str = _told("", "the name of the method in the file's `methods`")
-    prompts_per_step: int = _told(128, "problems in one update ([Y] §4: 128); gradient accumulation follows from it")
+    run: Literal["train", "exact"] = field(
+        default="train", metadata={"help": "train a method, or the experiment with an exact optimum"}
+    )
+    dry_run: bool = field(
+        default=False, metadata={"help": "build all arguments, check them, print memory and work, and train nothing"}
+    )
+    method: MethodName = field(default="tbrm", metadata={"help": "which trainer and loss"})
+    name: str = field(default="", metadata={"help": "the name of the method in the file's `methods`"})
+    prompts_per_step: int = field(
+        default=128, metadata={"help": "problems in one update ([Y] §4: 128); gradient accumulation follows from it"}
+    )
 
     # Problems.
-    task: str = _told("chain_sum", f"one of {', '.join(COMPACT)}, or {MATH}")
-    style: Literal["compact", "full", "chat"] = _told("compact", "how a problem is written")
-    difficulty: dict[str, Any] | str | None = _told(None, "options of the task in reasoning-gym, such as max_terms")
-    data: str | None = _told(None, "of `math`: a .jsonl or .parquet file, or a data set on the hub")
-    prompt_column: str = _told("prompt", "of `data`: text or messages; a dot leads into a nested column")
-    answer_column: str = _told("reward_model.ground_truth", "of `data`: the known answer")
-    train_problems: int = _told(2000, "of a task of reasoning-gym ([Y] App. H.4: 2,000)")
-    held_out_problems: int = _told(100, "never trained on ([Y] App. H.4: 100)")
-    prompt_tokens: int = _told(256, "the longest prompt, for the estimates")
+    task: str = field(default="chain_sum", metadata={"help": f"one of {', '.join(COMPACT)}, or {MATH}"})
+    style: Literal["compact", "full", "chat"] = field(default="compact", metadata={"help": "how a problem is written"})
+    difficulty: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "options of the task in reasoning-gym, such as max_terms"}
+    )
+    data: str | None = field(
+        default=None, metadata={"help": "of `math`: a .jsonl or .parquet file, or a data set on the hub"}
+    )
+    prompt_column: str = field(
+        default="prompt", metadata={"help": "of `data`: text or messages; a dot leads into a nested column"}
+    )
+    answer_column: str = field(default="reward_model.ground_truth", metadata={"help": "of `data`: the known answer"})
+    train_problems: int = field(default=2000, metadata={"help": "of a task of reasoning-gym ([Y] App. H.4: 2,000)"})
+    held_out_problems: int = field(default=100, metadata={"help": "never trained on ([Y] App. H.4: 100)"})
+    prompt_tokens: int = field(default=256, metadata={"help": "the longest prompt, for the estimates"})
 
     # The model: a name (or a folder), or an architecture to train from nothing.
-    model: str | None = _told(None, "a folder, or a name on the hub; without it the model is made from `architecture`")
-    architecture: dict[str, Any] | str | None = _told(None, "model_type and its sizes; what the dry run builds")
-    alphabet: str | None = _told(None, "the characters of the tokenizer made in code; default: printable ASCII")
-    dtype: Literal["float32", "bfloat16"] = _told("float32", "of the weights; bf16 says in what they are multiplied")
+    model: str | None = field(
+        default=None,
+        metadata={"help": "a folder, or a name on the hub; without it the model is made from `architecture`"},
+    )
+    architecture: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "model_type and its sizes; what the dry run builds"}
+    )
+    alphabet: str | None = field(
+        default=None, metadata={"help": "the characters of the tokenizer made in code; default: printable ASCII"}
+    )
+    dtype: Literal["float32", "bfloat16"] = field(
+        default="float32", metadata={"help": "of the weights; bf16 says in what they are multiplied"}
+    )
 
     # Pre-training on solved problems, for a model that starts from nothing.
-    pretraining_steps: int = _told(0, "at most; 0: none")
-    pretraining_batch_size: int = _told(128, "solved problems in one update")
-    pretraining_learning_rate: float = _told(1e-3, "highest, after the warm-up")
-    pretraining_problems: int = _told(20000, "solved problems, distinct and none of them held out")
-    pretraining_accuracy: float = _told(0.4, "stops once this share of training problems is answered right")
-    pretrained: str | None = _told(None, "folder of the pre-trained model: read if it is there, else made and kept")
+    pretraining_steps: int = field(default=0, metadata={"help": "at most; 0: none"})
+    pretraining_batch_size: int = field(default=128, metadata={"help": "solved problems in one update"})
+    pretraining_learning_rate: float = field(default=1e-3, metadata={"help": "highest, after the warm-up"})
+    pretraining_problems: int = field(
+        default=20000, metadata={"help": "solved problems, distinct and none of them held out"}
+    )
+    pretraining_accuracy: float = field(
+        default=0.4, metadata={"help": "stops once this share of training problems is answered right"}
+    )
+    pretrained: str | None = field(
+        default=None, metadata={"help": "folder of the pre-trained model: read if it is there, else made and kept"}
+    )
 
     # Judging on held-out problems: Avg@k, the mean over k sampled responses each.
-    evaluation_samples: int = _told(4, "k")
-    evaluation_steps: int = _told(50, "updates between two judgements")
+    evaluation_samples: int = field(default=4, metadata={"help": "k"})
+    evaluation_steps: int = field(default=50, metadata={"help": "updates between two judgements"})
 
     # PPO's critic, a model of its own.
-    critic_learning_rate: float = _told(1e-5, "[Y] App. G: 1e-5")
-    gae_lambda: float = _told(1.0, "of generalised advantage estimation")
-    entropy_bonus: float = _told(0.001, "[Y] App. G: 0.001")
+    critic_learning_rate: float = field(default=1e-5, metadata={"help": "[Y] App. G: 1e-5"})
+    gae_lambda: float = field(default=1.0, metadata={"help": "of generalised advantage estimation"})
+    entropy_bonus: float = field(default=0.001, metadata={"help": "[Y] App. G: 0.001"})
 
     # Where it is meant to run.
-    processes: int = _told(1, "how many the estimates assume; `accelerate launch` decides in a run")
-    device_gib: float = _told(0.0, "memory of one device; 0: unknown")
-    launch: list[str] = field(default_factory=list, metadata={"help": "files for `accelerate launch`, the first by default"})
-    results: str = _told("results", "folder of the results")
+    processes: int = field(
+        default=1, metadata={"help": "how many the estimates assume; `accelerate launch` decides in a run"}
+    )
+    device_gib: float = field(default=0.0, metadata={"help": "memory of one device; 0: unknown"})
+    launch: list[str] = field(
+        default_factory=list, metadata={"help": "files for `accelerate launch`, the first by default"}
+    )
+    results: str = field(default="results", metadata={"help": "folder of the results"})
 
     def __post_init__(self) -> None:
         self.difficulty = _mapping("difficulty", self.difficulty)

@@ -1,15 +1,15 @@
 """What a run takes, before it takes it: bytes on each device, and tokens and operations in all.
 
-Memory (``P`` parameters, each of ``w`` bytes): weights ``P·w``, gradients ``P·w``, AdamW's two moments ``2·P·w``, the frozen reference
-``P·w``, PPO's critic as much as the policy with its gradients and moments. Fully sharded (FSDP, ZeRO-3), each device holds its share of
-all of that, and gathers one layer at a time; ZeRO-2 shards gradients and moments alone.
+Memory (``P`` parameters, each of ``w`` bytes): weights ``P·w``, gradients ``P·w``, AdamW's two moments ``2·P·w``, the frozen
+reference ``P·w``, PPO's critic as much as the policy with its gradients and moments. Fully sharded (FSDP, ZeRO-3), each device
+holds its share of all of that, and gathers one layer at a time; ZeRO-2 shards gradients and moments alone.
 
-Activations are counted for a decoder with gated feed-forward layers, whose attention matrix is not stored: for each token and layer what
-:func:`layer_elements` says; with activation checkpointing the input of every layer, and one layer in full. The logits of the
-completion stand beside them with their gradient, in fp32. It is an estimate: what fragments, buffers and the libraries take is not in it.
+Activations are counted for a decoder with gated feed-forward layers, whose attention matrix is not stored: for each token and
+layer what :func:`layer_elements` says; with activation checkpointing the input of every layer, and one layer in full. The logits
+of the completion stand beside them with their gradient, in fp32. What fragments, buffers and the libraries take is not counted.
 
-Operations: 2 for each parameter and token in a forward pass, 4 in a backward pass ([Kaplan et al. 2020], §2.1); attention over the
-sequence is left out.
+Operations: 2 for each parameter and token in a forward pass, 4 in a backward pass ([Kaplan et al. 2020], §2.1); attention over
+the sequence is left out.
 """
 
 from __future__ import annotations
@@ -46,12 +46,15 @@ class Memory:
     logits: int
     generation: int
     """Keys and values of the responses being sampled, or what vLLM claims on the same device."""
+    generation_stays: bool
+    """Whether vLLM keeps its claim during an update (no sleep mode)."""
 
     @property
     def peak(self) -> int:
-        """What lies there always, and the larger of an update and of sampling."""
+        """What lies there always, and the larger of an update and of sampling, or both."""
         lasting = self.weights + self.gradients + self.optimiser + self.reference + self.critic + self.gathered
-        return lasting + max(self.activations + self.logits, self.generation)
+        update = self.activations + self.logits
+        return lasting + (update + self.generation if self.generation_stays else max(update, self.generation))
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ def memory_estimate(run: Run, launch: Launch | None = None) -> Memory:
     arguments, training, method = run.arguments, run.training, METHODS[run.arguments.method]
     configuration = model_configuration(arguments)
     parameters = parameter_count(build_model(arguments, device="meta"))
+    vllm = _vllm(run)
     wide = 4 if arguments.dtype == "float32" else 2
     narrow = 2 if training.bf16 or wide == 2 else 4
     processes, stage = (launch.processes, launch.stage) if launch else (arguments.processes, 0)
@@ -112,6 +116,7 @@ def memory_estimate(run: Run, launch: Launch | None = None) -> Memory:
         activations=activations * (2 if method.critic else 1),
         logits=0 if getattr(training, "fused_lm_head", False) else rows * completion * vocabulary * (narrow + 4 + 4),
         generation=_generation_bytes(run, configuration, narrow),
+        generation_stays=vllm is not None and not vllm.vllm_enable_sleep_mode,
     )
 
 
@@ -120,14 +125,17 @@ def _completion(run: Run) -> int:
     return int(length) if length else run.arguments.prompt_tokens
 
 
+def _vllm(run: Run) -> Any:
+    """The run's settings if vLLM generates, else ``None``."""
+    return run.training if getattr(run.training, "use_vllm", False) else None
+
+
 def _generation_bytes(run: Run, configuration: PreTrainedConfig, narrow: int) -> int:
     arguments, training = run.arguments, run.training
     if not METHODS[arguments.method].rollouts:
         return 0
-    if getattr(training, "use_vllm", False):
-        if training.vllm_mode == "server":
-            return 0
-        return int(training.vllm_gpu_memory_utilization * arguments.device_gib * _GIB)
+    if vllm := _vllm(run):
+        return 0 if vllm.vllm_mode == "server" else int(vllm.vllm_gpu_memory_utilization * arguments.device_gib * _GIB)
     head = getattr(configuration, "head_dim", None) or configuration.hidden_size // configuration.num_attention_heads
     each = 2 * configuration.num_hidden_layers * configuration.num_key_value_heads * head * narrow
     at_once = training.per_device_train_batch_size * training.gradient_accumulation_steps

@@ -17,7 +17,7 @@ import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, get_type_hints
 
 import yaml
 from transformers import TrainingArguments
@@ -27,9 +27,9 @@ from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.llm.methods import METHODS, configuration_class
 from tbrm_theory.llm.run_arguments import RunArguments
 
-__all__ = ["Run", "read_file", "read_runs", "split_command_line"]
+__all__ = ["Run", "read_file", "read_runs", "read_settings", "split_command_line"]
 
-Mapping = dict[str, Any]
+Fields = dict[str, Any]
 
 
 class Run(NamedTuple):
@@ -46,7 +46,7 @@ class CommandLine(NamedTuple):
 
     config: Path
     only: list[str]
-    dotted: Mapping
+    dotted: Fields
     rest: list[str]
 
 
@@ -62,7 +62,9 @@ def read_runs(arguments: Sequence[str]) -> list[Run]:
     runs = []
     for name, own in methods.items():
         if unknown := sorted(set(own) - known[name]):
-            raise InvalidInputError(f"{line.config}: methods.{name}.{unknown[0]}", "no field of a run, nor of its trainer")
+            raise InvalidInputError(
+                f"{line.config}: methods.{name}.{unknown[0]}", "no field of a run, nor of its trainer"
+            )
         for seed in seeds:
             merged = {"name": name} | copy.deepcopy(shared) | copy.deepcopy(own)
             merged |= {} if seed is None else {"seed": seed}
@@ -100,7 +102,7 @@ def split_command_line(arguments: Sequence[str]) -> CommandLine:
     return CommandLine(config, only, dotted, rest)
 
 
-def read_file(path: Path) -> Mapping:
+def read_file(path: Path) -> Fields:
     """The mapping of a YAML file, read safely."""
     return _checked_mapping(str(path), _yaml(str(path), path.read_text(encoding="utf-8")))
 
@@ -112,13 +114,13 @@ def _yaml(where: str, text: str) -> Any:
         raise InvalidInputError(where, f"not YAML: {error}") from error
 
 
-def _checked_mapping(where: str, value: Any) -> Mapping:
+def _checked_mapping(where: str, value: Any) -> Fields:
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise InvalidInputError(where, "expected a mapping with names as keys")
     return value
 
 
-def _methods(shared: Mapping, only: list[str]) -> dict[str, Mapping]:
+def _methods(shared: Fields, only: list[str]) -> dict[str, Fields]:
     """The runs of a file by name; a file without ``methods`` is one run, named after its method."""
     named = _checked_mapping("methods", shared.pop("methods", {shared.get("method", "tbrm"): {}}))
     methods = {name: _checked_mapping(f"methods.{name}", own or {}) for name, own in named.items()}
@@ -128,7 +130,7 @@ def _methods(shared: Mapping, only: list[str]) -> dict[str, Mapping]:
     return {name: own for name, own in methods.items() if not only or name in only}
 
 
-def _seeds(shared: Mapping) -> list[int | None]:
+def _seeds(shared: Fields) -> list[int | None]:
     seeds = shared.pop("seeds", [None])
     if not isinstance(seeds, list) or not seeds or not all(seed is None or type(seed) is int for seed in seeds):
         raise InvalidInputError("seeds", f"expected integers, found {seeds!r}")
@@ -142,7 +144,7 @@ def _fields(method: Any) -> set[str]:
     return {field.name for made in classes for field in dataclasses.fields(made) if field.init}
 
 
-def _override(merged: Mapping, dotted: Mapping) -> None:
+def _override(merged: Fields, dotted: Fields) -> None:
     for path, value in dotted.items():
         *outer, last = path.split(".")
         place = merged
@@ -151,6 +153,27 @@ def _override(merged: Mapping, dotted: Mapping) -> None:
             if not isinstance(place, dict):
                 raise InvalidInputError(f"--{path}", f"{name} is not a mapping")
         place[last] = value
+
+
+def read_settings(arguments: Sequence[str], settings: type[Any]) -> Any:
+    """A dataclass of settings from a file without methods (``run: exact``) and a command line; lists become tuples."""
+    line = split_command_line(arguments)
+    given = read_file(line.config)
+    given.pop("run", None)
+    _override(given, line.dotted)
+    if len(line.rest) % 2 or any(not key.startswith("--") for key in line.rest[::2]):
+        raise InvalidInputError("arguments", f"expected --key value, found {' '.join(line.rest)}")
+    for key, value in zip(line.rest[::2], line.rest[1::2], strict=True):
+        given[key.removeprefix("--").replace("-", "_")] = _yaml(key, value)
+    known = get_type_hints(settings)
+    for key, value in given.items():
+        if key not in known:
+            raise InvalidInputError(f"{line.config}: {key}", f"expected some of {', '.join(known)}")
+        if isinstance(value, list):
+            given[key] = tuple(value)
+        elif known[key] in (Path, float) and isinstance(value, str | int):
+            given[key] = known[key](value)
+    return settings(**given)
 
 
 # -- one run -------------------------------------------------------------------------------------------------
@@ -163,10 +186,17 @@ class _Parser(TrlParser):  # type: ignore[misc]  # TRL's is untyped
         raise InvalidInputError("arguments", message)
 
 
-def _run(name: str, line: CommandLine, given: Mapping, left_out: tuple[str, ...]) -> Run:
+def _parser(method: str) -> TrlParser:
+    classes: list[Any] = [RunArguments, configuration_class(method)]
+    return _Parser(classes, allow_abbrev=False)
+
+
+def _run(name: str, line: CommandLine, given: Fields, left_out: tuple[str, ...]) -> Run:
     method = given.get("method", "tbrm")
-    parser = _Parser([RunArguments, configuration_class(method)], allow_abbrev=False)
-    values: Mapping = {"report_to": "none", "output_dir": _folder(given, line.config, name)} | METHODS[method].settings | given
+    parser = _parser(method)
+    values: Fields = {"report_to": "none", "output_dir": _folder(given, line.config, name)}
+    values |= METHODS[method].settings
+    values |= given
     # Text is converted and checked by the type of its field; YAML takes 1e-6 for text, and 1 for no float.
     parser.set_defaults_with_config(**{key: _text(value) for key, value in values.items()})
     arguments, training = parser.parse_args_into_dataclasses(
@@ -177,7 +207,7 @@ def _run(name: str, line: CommandLine, given: Mapping, left_out: tuple[str, ...]
     return Run(name, arguments, training, left_out)
 
 
-def _folder(given: Mapping, config: Path, name: str) -> str:
+def _folder(given: Fields, config: Path, name: str) -> str:
     return str(Path(given.get("results", "results")) / "llm_run" / config.stem / name)
 
 

@@ -7,7 +7,6 @@ Code that comes with a model is never run (``trust_remote_code`` stays off).
 
 from __future__ import annotations
 
-
 import torch
 from transformers import (
     AutoConfig,
