@@ -165,7 +165,7 @@ def fits(run: Run, memory: Memory) -> bool:
 
 def run_exact(arguments: Sequence[str]) -> int:
     """The experiment with an exact optimum, with the settings of the file."""
-    exact = importlib.import_module("experiments.exact_transformer" if __package__ else "exact_transformer")
+    exact = importlib.import_module("exact_transformer")  # beside this file
     wanted = [word for word in arguments if word != "--dry-run"]
     settings = read_settings(wanted, exact.Config)
     if len(wanted) < len(arguments):

@@ -7,6 +7,7 @@ trainer, which calls :mod:`tbrm_theory.losses`.
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,5 +61,7 @@ def _method(name: str) -> Method:
 
 def _found(path: str) -> type[Any]:
     module, _, name = path.partition(":")
-    found: type[Any] = getattr(importlib.import_module(module), name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="You are importing from 'trl.experimental'")
+        found: type[Any] = getattr(importlib.import_module(module), name)
     return found

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, NoReturn, get_type_hints
 
 import yaml
 from transformers import TrainingArguments
-from trl import TrlParser
+from trl.scripts.utils import TrlParser
 
 from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.llm.methods import METHODS, configuration_class
@@ -66,8 +66,9 @@ def read_runs(arguments: Sequence[str]) -> list[Run]:
                 f"{line.config}: methods.{name}.{unknown[0]}", "no field of a run, nor of its trainer"
             )
         for seed in seeds:
-            merged = {"name": name} | copy.deepcopy(shared) | copy.deepcopy(own)
-            merged |= {} if seed is None else {"seed": seed}
+            merged: Fields = {"name": name, **copy.deepcopy(shared), **copy.deepcopy(own)}
+            if seed is not None:
+                merged["seed"] = seed
             _override(merged, line.dotted)
             left_out = tuple(sorted(set(merged) - known[name]))
             given = {key: value for key, value in merged.items() if key not in left_out}
@@ -179,7 +180,7 @@ def read_settings(arguments: Sequence[str], settings: type[Any]) -> Any:
 # -- one run -------------------------------------------------------------------------------------------------
 
 
-class _Parser(TrlParser):  # type: ignore[misc]  # TRL's is untyped
+class _Parser(TrlParser):
     """TRL's parser, with errors of this project; abbreviations of a field are not accepted."""
 
     def error(self, message: str) -> NoReturn:
