@@ -29,7 +29,7 @@ from tbrm_theory.llm.arithmetic_answers import evaluate_expression
 from tbrm_theory.llm.boxed_answers import BoxedVerifier, boxed_answer, math_reward
 from tbrm_theory.llm.compact_prompts import COMPACT
 from tbrm_theory.llm.math_data import BOXED_INSTRUCTION, math_split
-from tbrm_theory.llm.tasks import Split, is_held_out, is_right, reasoning_gym_reward, reasoning_gym_split
+from tbrm_theory.llm.tasks import PromptStyle, Split, is_held_out, is_right, reasoning_gym_reward, reasoning_gym_split
 from tbrm_theory.llm.tokenizer import END, PAD, PRINTABLE, character_tokenizer, check_readable
 
 DIFFICULTY: dict[str, dict[str, Any]] = {"quantum_lock": {"difficulty": 3}, "countdown": {"max_numbers": 4}}
@@ -129,7 +129,7 @@ def test_a_compact_prompt_decides_its_answer(task: str) -> None:
 def test_a_compact_family_holds_every_name_and_every_tie() -> None:
     for row in split("family_relationships").train:
         entry = json.loads(row["entry"])
-        story, question = entry["question"].split("\n\n")
+        story, _ = entry["question"].split("\n\n")
         *couples, asked = row["prompt"].removesuffix("=").split(";")
         told = " ".join(couples)
         assert set(re.findall(r"[A-Z]\w*", told)) == set(re.findall(r"[A-Z]\w*", story)) - {"They"}
@@ -159,11 +159,24 @@ def test_solutions_earn_one_and_the_answers_of_others_zero(task: str) -> None:
         assert reward(problems["prompt"], problems["solution"], **columns) == [1.0] * 6
         empty = [[{"role": "assistant", "content": ""}] if style == "chat" else "" for _ in range(6)]
         assert reward(problems["prompt"], empty, **columns) == [0.0] * 6
-        other = json.loads(problems["entry"][0])
-        wrong = {"True": "False", "False": "True"}.get(other["answer"], other["answer"] + "1")
-        text = {"T": "F", "F": "T"}.get(str(problems["solution"][0]), f"{problems['solution'][0]}1")
-        response = text if style == "compact" else f"<answer>{wrong}</answer>"
-        assert not is_right(task, response, other, style=style)
+        for row in problems:
+            entry = json.loads(row["entry"])
+            bad = spoiled(task, row["solution"] if style == "compact" else entry["answer"])
+            assert not is_right(task, bad if style == "compact" else f"<answer>{bad}</answer>", entry, style=style)
+
+
+def spoiled(task: str, answer: str) -> str:
+    """A well-formed answer that is wrong: one more, the contrary, a step too many, a number that is not there."""
+    contrary = {"T": "F", "F": "T", "True": "False", "False": "True", "infeasible": "up", "-": "U"}
+    if answer in contrary:
+        return contrary[answer]
+    if task in ("quantum_lock", "shortest_path"):
+        return answer + (
+            f" → {answer[-1]}" if "→" in answer else f" {answer.split()[-1]}" if " " in answer else answer[-1]
+        )
+    if task == "family_relationships":
+        return "uncle" if answer != "uncle" else "aunt"
+    return f"{answer}+0" if task == "countdown" else str(int(answer) + 1)
 
 
 def entry_of(task: str, **metadata: Any) -> dict[str, Any]:
@@ -193,7 +206,8 @@ def test_the_official_scorer_of_countdown_is_cheated_and_ours_is_not(cheat: str)
     entry = entry_of("countdown", answer="4*6", numbers=[4, 6], target=24)
     score = reasoning_gym.create_dataset("countdown", seed=0, size=1).score_answer(cheat, entry)
     assert score == 1.0 or "int" in cheat
-    for style, response in (("compact", cheat), ("full", f"<answer>{cheat}</answer>")):
+    pairs: list[tuple[PromptStyle, str]] = [("compact", cheat), ("full", f"<answer>{cheat}</answer>")]
+    for style, response in pairs:
         assert not is_right("countdown", response, entry, style=style)
         assert is_right("countdown", response.replace(cheat, "4*6"), entry, style=style)
 
@@ -230,7 +244,7 @@ def expressions(draw: st.DrawFn, depth: int = 3) -> tuple[str, Fraction | None, 
 
 
 @given(expressions())
-@settings(max_examples=100)
+@settings(max_examples=60)
 def test_expressions_are_worth_what_they_say(case: tuple[str, Fraction | None, list[int]]) -> None:
     text, value, numbers = case
     assert evaluate_expression(text) == (None if value is None else (value, numbers))
@@ -307,14 +321,16 @@ def test_what_no_problems_can_be_made_of_is_refused(
 ) -> None:
     monkeypatch.setattr("tbrm_theory.llm.tasks._PATIENCE", 500)
     tiny = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+    made: dict[str, Any] = {"task": "chain_sum", "train": 5, "held_out": 2, "difficulty": tiny, **options}
     with pytest.raises(InvalidInputError, match=f"^{where}: "):
-        reasoning_gym_split(**({"task": "chain_sum", "train": 5, "held_out": 2, "difficulty": tiny} | options))
+        reasoning_gym_split(**made)
 
 
 # -- tokenizer -----------------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.text(st.sampled_from(PRINTABLE), max_size=30), min_size=1, max_size=4))
+@given(st.lists(st.text(st.sampled_from(PRINTABLE), max_size=20), min_size=1, max_size=3))
+@settings(max_examples=30)
 def test_every_text_comes_back_one_token_for_each_character(texts: list[str]) -> None:
     tokenizer = character_tokenizer()
     batch = tokenizer(texts, padding=True, return_attention_mask=True)
@@ -488,11 +504,11 @@ def test_a_bad_row_is_refused_by_its_number(bad: Any, where: str, tmp_path: Path
 def test_files_that_cannot_serve_are_refused(tmp_path: Path) -> None:
     source = written(tmp_path, [dapo(0), dapo(1)], "parquet")
     for held_out in (0, 2):
-        with pytest.raises(InvalidInputError, match="^held_out: expected 1 to 1"):
+        with pytest.raises(InvalidInputError, match=r"^held_out: expected 1 to 1"):
             math_split(source, held_out=held_out)
     with pytest.raises(InvalidInputError, match=r"parquet, row 1\.question: expected text"):
         math_split(source, held_out=1, prompt_column="question")
-    with pytest.raises(InvalidInputError, match="^style: "):
+    with pytest.raises(InvalidInputError, match=r"^style: "):
         math_split(source, held_out=1, style="compact")
     (tmp_path / "bad.parquet").write_text("no")
     with pytest.raises(InvalidInputError, match="not Parquet"):
