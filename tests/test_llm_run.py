@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,6 +147,8 @@ def test_the_paper_s_settings_stand_in_the_files(name: str) -> None:
         assert setting(run, "beta") == 0.002
     assert (setting(one, "learning_rate"), setting(four, "learning_rate")) == (rate, 2.5e-6)
     assert setting(one, "num_iterations") == 1
+    assert (setting(grpo, "loss_type"), setting(grpo, "scale_rewards")) == ("grpo", "group")  # not TRL's default, DAPO
+    assert not setting(grpo, "use_bias_correction_kl")
     for run in (grpo, ppo):
         assert (setting(run, "learning_rate"), setting(run, "beta"), setting(run, "epsilon")) == (1e-6, 0.001, 0.2)
     assert (ppo.arguments.critic_learning_rate, ppo.arguments.entropy_bonus) == (1e-5, 0.001)
@@ -322,6 +326,14 @@ def test_files_are_read_safely(tmp_path: Path) -> None:
         read_runs(["--config", str(tmp_path / "absent.yaml")])
 
 
+def test_the_program_ends_with_two_and_one_line_for_bad_input() -> None:
+    command = [sys.executable, str(ROOT / "experiments" / "llm_run.py"), "--dry-run"]
+    ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines() == ["llm_run: error: --config: expected a YAML file"]
+    assert ended.stdout == ""
+
+
 def test_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert llm_run.main(["--help"]) == 0
     assert "--dry-run" in capsys.readouterr().out
@@ -343,9 +355,20 @@ class ExactConfig:
 @pytest.fixture
 def exact(monkeypatch: pytest.MonkeyPatch) -> list[ExactConfig]:
     called: list[ExactConfig] = []
-    module = SimpleNamespace(Config=ExactConfig, main=lambda config: called.append(config) or 7)
-    monkeypatch.setitem(sys.modules, "exact_transformer", module)  # type: ignore[arg-type]
+
+    def main(config: ExactConfig) -> int:
+        called.append(config)
+        return 7
+
+    monkeypatch.setitem(sys.modules, "exact_transformer", SimpleNamespace(Config=ExactConfig, main=main))
     return called
+
+
+def test_the_files_of_the_exact_experiment_are_settings_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever files there are; ``FILES`` are the others."""
+    for path in set(CONFIGS.glob("*.yaml")) - set(FILES):
+        assert llm_run.main(["--config", str(path), "--dry-run"]) == 0
+        assert "Config(" in capsys.readouterr().out
 
 
 def test_an_exact_run_calls_that_experiment(exact: list[ExactConfig], tmp_path: Path) -> None:
@@ -435,8 +458,8 @@ def test_a_layer_keeps_what_is_said(kind: str, hidden: int, inner: int, pairs: i
     """Twice differenced, in layers and in rows: embedding, head and what is held once cancel."""
     kept = {}
     for layers in (1, 2):
-        sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_key_value_heads": pairs}
-        sizes |= {"model_type": kind, "num_hidden_layers": layers}
+        sizes: dict[str, Any] = {"model_type": kind, "num_hidden_layers": layers, "num_key_value_heads": pairs}
+        sizes |= {"hidden_size": hidden, "intermediate_size": inner}
         arguments = RunArguments(
             architecture=ARCHITECTURE | sizes, dtype="bfloat16" if precision == "bfloat16" else "float32"
         )

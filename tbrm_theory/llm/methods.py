@@ -36,7 +36,8 @@ METHODS: dict[str, Method] = {
     "reval": Method(_TRAINER, _CONFIG, {"loss": "reval"}),
     "brm": Method(_TRAINER, _CONFIG, {"loss": "brm"}),
     "ppo": Method(_TRAINER, _CONFIG, {"loss": "ppo"}, critic=True),
-    "grpo": Method("trl:GRPOTrainer", "trl:GRPOConfig"),
+    # As published: TRL 1.16 by default averages over the tokens of the batch, as DAPO does, and multiplies the KL term by the ratio.
+    "grpo": Method("trl:GRPOTrainer", "trl:GRPOConfig", {"loss_type": "grpo", "use_bias_correction_kl": False}),
     "rloo": Method("trl:RLOOTrainer", "trl:RLOOConfig"),
     "a2po": Method("trl.experimental.a2po:A2POTrainer", "trl.experimental.a2po:A2POConfig"),
     "sft": Method("trl:SFTTrainer", "trl:SFTConfig", reference=False, rollouts=False),
