@@ -216,6 +216,9 @@ def test_files_methods_seeds_and_the_command_line_override_each_other_in_turn(tm
     assert all(setting(run, "learning_rate") == 1e-6 for run in runs)
     assert [run.arguments.name for run in runs] == ["a", "a", "b", "b"]
     assert len({setting(run, "output_dir") for run in runs}) == 4
+    (run,) = runs_of(tmp_path, "--results", "elsewhere", name="nobody")
+    assert (setting(run, "output_dir"), run.arguments.name) == ("elsewhere/llm_run/small/tbrm", "tbrm")
+    assert setting(runs_of(tmp_path, output_dir="here")[0], "output_dir") == "here"
     words = ["--only", "b", "--beta=0.7", "--architecture.hidden_size", "8", "--difficulty.max_value=50"]
     runs = runs_of(tmp_path, *words, methods=METHODS_OF_TWO)
     assert [(run.name, setting(run, "beta"), run.arguments.sizes["hidden_size"]) for run in runs] == [("b", 0.7, 8)]

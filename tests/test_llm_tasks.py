@@ -492,13 +492,20 @@ def test_problems_in_prose_are_split_by_what_they_are(kind: str, tmp_path: Path)
         ({"prompt": "What?"}, r"problems\.jsonl:3\.reward_model\.ground_truth: expected text"),
         ({"prompt": [], "reward_model": {"ground_truth": "1"}}, r"problems\.jsonl:3\.prompt: expected text"),
         ({"prompt": " ", "reward_model": {"ground_truth": "1"}}, r"problems\.jsonl:3\.prompt: expected text"),
-        ({"prompt": "What is 0  + 1?", "reward_model": {"ground_truth": 2}}, r"problems\.jsonl:3\S*: '2', but '1'"),
     ],
 )
 def test_a_bad_row_is_refused_by_its_number(bad: Any, where: str, tmp_path: Path) -> None:
     source = written(tmp_path, [dapo(0), dapo(1), bad, dapo(2)], "jsonl")
     with pytest.raises(InvalidInputError, match=where):
         math_split(source, held_out=1)
+
+
+def test_a_problem_with_two_answers_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    other = {"prompt": "What is 0  + 1?", "reward_model": {"ground_truth": 2}}
+    made = math_split(written(tmp_path, [*(dapo(i) for i in range(4)), other], "jsonl"), held_out=1, style="full")
+    left = {row["prompt"].splitlines()[0] for side in made for row in side}
+    assert left == {f"What is {i} + 1?" for i in (1, 2, 3)}
+    assert "1 problems with two answers left out, as 'What is 0 + 1?'" in caplog.text
 
 
 def test_files_that_cannot_serve_are_refused(tmp_path: Path) -> None:

@@ -57,9 +57,11 @@ class BoxedVerifier:
         with self._lock:
             child = self._running()
             assert child.stdin is not None
-            child.stdin.write(json.dumps([known, answer]).encode() + b"\n")
-            child.stdin.flush()
-            verdict = self._line(child, self.seconds)
+            try:
+                child.stdin.write(json.dumps([known, answer]).encode() + b"\n")
+                verdict = self._line(child, self.seconds)
+            except BrokenPipeError:
+                verdict = None
             if verdict is None:
                 self._stop()
             return verdict == b"true"

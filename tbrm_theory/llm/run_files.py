@@ -71,7 +71,7 @@ def read_runs(arguments: Sequence[str]) -> list[Run]:
                 f"{line.config}: methods.{name}.{unknown[0]}", "no field of a run, nor of its trainer"
             )
         for seed in seeds:
-            merged: Fields = {"name": name, **copy.deepcopy(shared), **copy.deepcopy(own)}
+            merged: Fields = {**copy.deepcopy(shared), **copy.deepcopy(own), "name": name}
             if seed is not None:
                 merged["seed"] = seed
             _override(merged, line.dotted)
@@ -196,32 +196,29 @@ def _parser(method: str) -> TrlParser:
 def _run(name: str, line: CommandLine, given: Fields, left_out: tuple[str, ...]) -> Run:
     method = given.get("method", "tbrm")
     parser = _parser(method)
-    values: Fields = {"report_to": "none", "output_dir": _folder(given, line.config, name)}
+    values: Fields = {"report_to": "none"}
     values |= METHODS[method].settings
     values |= given
     check_values(values)
     # Text is converted and checked by the type of its field; YAML takes 1e-6 for text, and 1 for no float.
     parser.set_defaults_with_config(**{key: _text(value) for key, value in values.items()})
     arguments, training = parser.parse_args_into_dataclasses(
-        [*line.rest, *_batch(parser, line, method)], look_for_args_file=False
+        [*line.rest, *_derived(parser, line, method, name)], look_for_args_file=False
     )
     if arguments.method != method:
         raise InvalidInputError("--method", "use --only with a name of the file")
     return Run(name, arguments, training, left_out)
 
 
-def _folder(given: Fields, config: Path, name: str) -> str:
-    return str(Path(given.get("results", "results")) / "llm_run" / config.stem / name)
-
-
 def _text(value: Any) -> Any:
     return str(value) if isinstance(value, bool | int | float) else value
 
 
-def _batch(parser: TrlParser, line: CommandLine, method: str) -> Iterator[str]:
-    """Gradient accumulation such that an update sees ``prompts_per_step`` problems on any number of processes.
+def _derived(parser: TrlParser, line: CommandLine, method: str, name: str) -> Iterator[str]:
+    """What follows from the other settings, as words of a command line.
 
-    A dry run also keeps away from devices: what is meant for several GPUs is built here on a CPU.
+    Gradient accumulation, such that an update sees ``prompts_per_step`` problems on any number of processes; the folder. A dry run
+    keeps away from devices: what is meant for several GPUs is built on a CPU.
     """
     known, rest = parser.parse_known_args(line.rest)
     if rest:
@@ -238,5 +235,7 @@ def _batch(parser: TrlParser, line: CommandLine, method: str) -> Iterator[str]:
             f" {known.per_device_train_batch_size} rows",
         )
     yield from ("--gradient_accumulation_steps", str(rows // step))
+    if known.output_dir is None:
+        yield from ("--output_dir", str(Path(known.results) / "llm_run" / line.config.stem / name))
     if known.dry_run:
         yield from ("--use_cpu", "true")
