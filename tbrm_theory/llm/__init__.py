@@ -1,0 +1,1 @@
+"""Language models: the trainer, the exact oracle, tasks; the optional extra ``llm``."""
