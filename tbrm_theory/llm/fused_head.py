@@ -11,7 +11,7 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from tbrm_theory.llm.language_scores import TokenScores
 __all__ = ["add_start_logits", "fused_token_scores"]
 
 
+@no_type_check  # wrappers rebuild it from a dictionary in the place of its first field
 @dataclass
 class StartOutput(FusedCausalLMOutput):
     """TRL's output and the logits of one position: a declared field, for wrappers rebuild outputs from declared fields."""
