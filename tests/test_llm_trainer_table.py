@@ -15,7 +15,6 @@ from transformers.modeling_outputs import CausalLMOutput
 
 import tbrm_theory as tt
 from tbrm_theory.errors import InvalidInputError
-from tbrm_theory.llm import trainer as trainer_module
 from tbrm_theory.losses import LOSSES, RESIDUALS
 from tbrm_theory.scores import table_scores
 from tbrm_theory.trajectories import TrajectoryBatch
@@ -35,7 +34,7 @@ class TableModel(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
 
     def __init__(self, tables: list[Tensor]) -> None:
-        super().__init__(PreTrainedConfig(vocab_size=12, pad_token_id=0, eos_token_id=1))
+        super().__init__(PreTrainedConfig.from_dict({"vocab_size": 12, "pad_token_id": 0, "eos_token_id": 1}))
         self.tables = torch.nn.ParameterList(table.clone() for table in tables)
         self.post_init()
 
@@ -147,7 +146,7 @@ def test_the_trainers_loss_is_the_value_that_the_losses_return(
     def changed(scores: Any, **options: Any) -> Tensor:
         return own.function(scores, **options) + 1.0
 
-    monkeypatch.setitem(trainer_module.LOSSES, "tbrm", dataclasses.replace(own, function=changed))
+    monkeypatch.setitem(LOSSES, "tbrm", dataclasses.replace(own, function=changed))
     torch.testing.assert_close(run._compute_loss(run.model, inputs), before + 1.0, rtol=0, atol=1e-12)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import huggingface_hub.utils._telemetry as telemetry
 import pytest
 import torch
+from huggingface_hub import constants
 from torch import Tensor
 
 from tbrm_theory.errors import InvalidInputError
@@ -31,15 +32,10 @@ from tests.tiny_language_models import (
     settings,
     tokenizer,
     trainer,
+    watched,
 )
 
 pytestmark = language_model_test
-
-
-def watched(folder: Path, model: Any = None, **options: Any) -> Watched:
-    run = trainer(folder, model, kind=Watched, **options)
-    assert isinstance(run, Watched)
-    return run
 
 
 def naive_residuals(policy: Any, reference: Any, inputs: dict[str, Tensor], *, beta: float = 0.5) -> list[float]:
@@ -49,7 +45,7 @@ def naive_residuals(policy: Any, reference: Any, inputs: dict[str, Tensor], *, b
         log_policy, value = naive_scores(policy, prompt, completion)
         log_reference, _ = naive_scores(reference, prompt, completion)
         text = tokenizer().decode(completion, skip_special_tokens=True)
-        found.append(value[0] + sum(log_policy) - sum(log_reference) - letters([text])[0] / beta)
+        found.append(value[0] + sum(log_policy) - sum(log_reference) - letters([str(text)])[0] / beta)
     return found
 
 
@@ -66,16 +62,13 @@ def own_residual(run: Watched, i: int = -1) -> Tensor:
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2", "gpt2"])
 def test_every_row_has_the_residual_of_its_definition_after_training(architecture: str, tmp_path: Path) -> None:
     """Traps 6, 13 and 15: soft-caps, absolute positions behind left padding, and the place of V(s_1)."""
-    caps = {"final_logit_softcapping": 3.0} if architecture == "gemma2" else {}
+    caps: dict[str, Any] = {"final_logit_softcapping": 3.0} if architecture == "gemma2" else {}
     model = language_model(architecture, **caps)
     before = copy.deepcopy(model)
     run = watched(tmp_path, model, max_steps=2)
-    policies = []
-    compute = run._compute_loss
-    run._compute_loss = lambda *args: policies.append(copy.deepcopy(model.state_dict())) or compute(*args)
     run.train()
     policy = copy.deepcopy(before)
-    policy.load_state_dict(policies[-1])
+    policy.load_state_dict(run.policies[-1])
     inputs = run.inputs[-1]
     assert (inputs["prompt_mask"][:, 0] == 0).any()  # some prompt is padded
     naive = naive_residuals(policy, before, inputs)
@@ -172,6 +165,7 @@ def test_7_sums_are_taken_in_float32_when_logits_are_bfloat16(tmp_path: Path) ->
     exact = logits.double().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     found = token_scores(logits, tokens)
     close(found.log_policy, exact.tolist(), tolerance=1e-6)
+    assert found.value is not None
     close(found.value, logits.double().logsumexp(-1).tolist(), tolerance=1e-6)
     run = watched(tmp_path, language_model().bfloat16(), learning_rate=0.0)
     run.train()
@@ -180,13 +174,8 @@ def test_7_sums_are_taken_in_float32_when_logits_are_bfloat16(tmp_path: Path) ->
 
 def test_8_generation_costs_one_forward_of_the_reference_and_none_of_the_policy(tmp_path: Path) -> None:
     run = watched(tmp_path, gradient_accumulation_steps=2, max_steps=2)
-    calls: list[str] = []
-    forward = run._forward
-    run._forward = lambda model, *args: (
-        calls.append("reference" if model is run.ref_model else "policy") or forward(model, *args)
-    )
     run.train()
-    assert calls == 2 * ["reference", "reference", "policy", "policy"]  # two micro-batches in each of two steps
+    assert run.forwards == 2 * ["reference", "reference", "policy", "policy"]  # two micro-batches in each of two steps
     with pytest.raises(InvalidInputError, match="vllm_importance_sampling_correction"):
         settings(tmp_path, vllm_importance_sampling_correction=True)
 
@@ -219,8 +208,8 @@ def test_10_tests_send_no_telemetry(listening: bool, tmp_path: Path, monkeypatch
     monkeypatch.setattr(telemetry, "_start_telemetry_thread", lambda: None)
     if listening:  # without what the tests set, a trainer reports itself
         monkeypatch.delenv("CI")
-        monkeypatch.setattr(telemetry.constants, "is_offline_mode", lambda: False)
-        monkeypatch.setattr(telemetry.constants, "HF_HUB_DISABLE_TELEMETRY", False)
+        monkeypatch.setattr(constants, "is_offline_mode", lambda: False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", False)
     trainer(tmp_path)
     assert sent.empty() != listening
 
@@ -267,18 +256,9 @@ def test_12_a_completion_that_was_cut_off_counts_whole(tmp_path: Path) -> None:
 def test_18_ids_are_kept_as_they_were_sampled(tmp_path: Path) -> None:
     """``<stop>`` is dropped from the text that rewards read, so a text tokenised again would be another completion."""
     run = watched(tmp_path, per_device_train_batch_size=8, num_iterations=2, replay_capacity=8, max_steps=2)
-    sampled: list[list[int]] = []
-    generate = run._generate_single_turn
-
-    def kept(*args: Any, **kwargs: Any) -> Any:
-        ids, extra = generate(*args, **kwargs)
-        sampled.extend(ids)
-        return ids, extra
-
-    run._generate_single_turn = kept  # type: ignore[method-assign]
     run.train()
     words = tokenizer()
-    again = [words(words.decode(ids, skip_special_tokens=True)).input_ids for ids in sampled]
-    assert again != sampled
-    assert [completion for _, completion in completions_of(run.inputs[0])] == sampled
-    assert sorted(completion for _, completion in completions_of(run.inputs[1])) == sorted(sampled)
+    again = [words(words.decode(ids, skip_special_tokens=True)).input_ids for ids in run.sampled]
+    assert again != run.sampled
+    assert [completion for _, completion in completions_of(run.inputs[0])] == run.sampled
+    assert sorted(completion for _, completion in completions_of(run.inputs[1])) == sorted(run.sampled)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +11,16 @@ import torch
 from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.llm.replay import Replay, batch_of, rows_of
 from tests.tiny_language_models import (
-    Watched,
     completions_of,
     language_model,
     language_model_test,
     naive_scores,
     own_randomness,  # noqa: F401
     settings,
-    trainer,
+    watched,
 )
 
 pytestmark = language_model_test
-
-
-def watched(folder: Path, model: Any = None, **options: Any) -> Watched:
-    run = trainer(folder, model, kind=Watched, **options)
-    assert isinstance(run, Watched)
-    return run
 
 
 def test_rows_and_batches_are_each_others_inverse() -> None:
@@ -84,7 +76,7 @@ def test_17_later_updates_draw_from_the_last_rows_and_the_first_is_fresh(tmp_pat
             kept = ever[-12:]
             assert all(row in kept for row in update)
             assert len(update) == 8
-        assert run._replay is not None
+    assert run._replay is not None
     assert drawn[0] != fresh
     assert any(row not in ever[-8:] for update in drawn for row in update)  # older than the window
     assert [
@@ -110,23 +102,17 @@ def test_old_log_probabilities_stay_with_a_row(tmp_path: Path) -> None:
     """The behaviour of a replayed row is the policy that sampled it, not the one that is training."""
     model = language_model()
     run = watched(tmp_path, model, num_iterations=2, replay_capacity=4, max_steps=4, learning_rate=0.1)
-    policies: list[Any] = []
-    generate = run._generate
-
-    def kept(prompts: Any) -> Any:
-        policies.append(copy.deepcopy(model.state_dict()))
-        return generate(prompts)
-
-    run._generate = kept  # type: ignore[method-assign]
     run.train()
     sampler = language_model()
-    sampler.load_state_dict(policies[1])
+    sampler.load_state_dict(run.samplers[1])
     inputs = run.inputs[3]  # the second update of the second window, capacity one window
     for i, (prompt, completion) in enumerate(completions_of(inputs)):
         found = inputs["behaviour_log_policy"][i, : len(completion)]
         naive = torch.tensor(naive_scores(sampler, prompt, completion)[0]).double()
         torch.testing.assert_close(found.double(), naive, atol=2e-5, rtol=0)
-    assert (run.scores[3].log_policy - run.scores[3].behaviour_log_policy).abs().max() > 0.01
+    behaviour = run.scores[3].behaviour_log_policy
+    assert behaviour is not None
+    assert (run.scores[3].log_policy - behaviour).abs().max() > 0.01
 
 
 def test_a_reset_makes_the_policy_the_reference_and_replayed_rows_follow(tmp_path: Path) -> None:
@@ -141,13 +127,10 @@ def test_a_reset_makes_the_policy_the_reference_and_replayed_rows_follow(tmp_pat
         max_steps=4,
         learning_rate=0.1,
     )
-    after: list[Any] = []
-    compute = run._compute_loss
-    run._compute_loss = lambda *args: after.append(copy.deepcopy(model.state_dict())) or compute(*args)  # type: ignore[method-assign]
     run.train()
     reference = language_model()
-    reference.load_state_dict(after[3])  # the policy after step 3
-    assert all(torch.equal(table, after[3][name]) for name, table in run.ref_model.state_dict().items())
+    reference.load_state_dict(run.policies[3])  # the policy after step 3
+    assert all(torch.equal(table, run.policies[3][name]) for name, table in run.ref_model.state_dict().items())
     assert set(run.inputs[3]["reference_version"].tolist()) == {0}  # sampled before the reset
     for i, (prompt, completion) in enumerate(completions_of(run.inputs[3])):
         naive, value = naive_scores(reference, prompt, completion)

@@ -33,6 +33,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from tbrm_theory.llm.language_scores import TokenScores
 from tbrm_theory.llm.trainer import TBRMConfig, TBRMTrainer
 from tbrm_theory.losses import TrajectoryScores
 
@@ -132,7 +133,7 @@ def trainer(
     folder: Path,
     model: Any = None,
     *,
-    reward: Callable[..., list[float | None]] = letters,
+    reward: Callable[..., Any] = letters,
     data: Dataset | None = None,
     words: PreTrainedTokenizerFast | None = None,
     kind: type[TBRMTrainer] = TBRMTrainer,
@@ -150,7 +151,7 @@ def trainer(
 
 
 class Watched(TBRMTrainer):
-    """Keeps what passed through ``_compute_loss``: the rows, the scores and the value that the losses returned."""
+    """Keeps what passed through: sampled ids, rows, scores, the losses' values, and the weights that each was made with."""
 
     current_gradient_accumulation_steps = 1  # the training loop sets it; a call from outside is a step of its own
 
@@ -159,6 +160,10 @@ class Watched(TBRMTrainer):
         self.scores: list[TrajectoryScores] = []
         self.values: list[Tensor] = []
         self.losses: list[Tensor] = []
+        self.policies: list[dict[str, Tensor]] = []
+        self.samplers: list[dict[str, Tensor]] = []
+        self.sampled: list[list[int]] = []
+        self.forwards: list[str] = []
         super().__init__(*args, **kwargs)
 
     def _loss(self, scores: TrajectoryScores) -> Tensor:
@@ -169,19 +174,38 @@ class Watched(TBRMTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
         self.inputs.append({name: table.clone() for name, table in inputs.items()})
+        self.policies.append(copy.deepcopy(self.model.state_dict()))
         before = len(self.scores)
         loss = super()._compute_loss(model, inputs)
         del self.scores[before + 1 :], self.values[before + 1 :]  # what diagnostics asked for
         self.losses.append(loss.detach())
         return loss
 
+    def _forward(self, model: Any, ids: Tensor, attention_mask: Tensor, steps: int) -> tuple[TokenScores, Tensor]:
+        self.forwards.append("reference" if model is self.ref_model else "policy")
+        return super()._forward(model, ids, attention_mask, steps)
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        self.samplers.append(copy.deepcopy(self.model.state_dict()))
+        ids, extra = super()._generate_single_turn(*args, **kwargs)
+        self.sampled.extend(ids)
+        return ids, extra
+
+
+def watched(folder: Path, model: Any = None, **options: Any) -> Watched:
+    run = trainer(folder, model, kind=Watched, **options)
+    assert isinstance(run, Watched)
+    return run
+
 
 def completions_of(inputs: dict[str, Tensor]) -> list[tuple[list[int], list[int]]]:
     """The ids of every row's prompt and completion."""
-    return [
-        tuple(inputs[f"{part}_ids"][i][inputs[f"{part}_mask"][i].bool()].tolist() for part in ("prompt", "completion"))
-        for i in range(len(inputs["prompt_ids"]))
-    ]  # type: ignore[misc]
+
+    def ids(part: str, i: int) -> list[int]:
+        found: list[int] = inputs[f"{part}_ids"][i][inputs[f"{part}_mask"][i].bool()].tolist()
+        return found
+
+    return [(ids("prompt", i), ids("completion", i)) for i in range(len(inputs["prompt_ids"]))]
 
 
 def naive_scores(model: Any, prompt: list[int], completion: list[int]) -> tuple[list[float], list[float]]:
