@@ -126,6 +126,18 @@ def test_a_compact_prompt_decides_its_answer(task: str) -> None:
         assert ANSWERS[task](prompt.removesuffix("="), answer), (prompt, answer)
 
 
+def test_compact_prompts_read_as_documented() -> None:
+    """Where renaming would keep the answer: the order of two courses, the colour of the light."""
+    courses = {"courses": [0, 1, 2], "prerequisites": [[2, 1], [1, 0]]}  # (course, what comes before)
+    assert COMPACT["course_schedule"].prompt({"metadata": courses}) == "3:0<1,1<2="
+    buttons = [
+        {"name": name, "type": kind, "value": value, "active_state": when}
+        for name, kind, value, when in (("A", "subtract", 2, "green"), ("B", "add", 2, "any"), ("C", "add", 1, "red"))
+    ]
+    lock = {"initial_value": 0, "initial_state": "red", "target_value": 8, "buttons": buttons}
+    assert COMPACT["quantum_lock"].prompt({"metadata": lock}) == "0r>8 A-2g B+2 C+1r="
+
+
 def test_a_compact_family_holds_every_name_and_every_tie() -> None:
     for row in split("family_relationships").train:
         entry = json.loads(row["entry"])
