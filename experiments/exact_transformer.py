@@ -1,0 +1,390 @@
+"""Does TBRMTrainer bring a real transformer to its exact optimum: on-policy, off-policy, with replay?
+
+A small Llama made in code answers short prompts. Its whole tree of responses is solved (`tbrm_theory/llm/exact.py`), so the exact
+optimum against this very reference is known, and every policy on the way is judged by its exact `J_β`. Training sees sampled
+responses and their rewards, one for each prompt (n = 1), and nothing of the tree. The task: write digits, as many as you like, and
+stop; the answer is the last digit before the end, and right if it is even or odd as the prompt's last digit is. Only the finished
+response is paid, 1 or 0; one that runs into the horizon gets 0.
+
+Parts, each recorded when it is complete, and taken up again inside from the trainer's checkpoint:
+
+* `tree`: the tree of the initial model, its optimum, the coverage of its own samples;
+* `on-policy`, `off-policy` (all samples are the initial model's, none the trained one's), `replay` (K = 2: every second update draws
+  from the last rollouts, first in first out): three runs of `TBRMTrainer`, each from the initial model;
+* `table/…`: the same with one logit for each pair of the same tree in place of the transformer, from the same start, with the same
+  loss function (off-policy: the exact expectation over the initial model's responses).
+
+summary.json: `vocabulary`, `horizon`, `prompts`, `parameters`, `pairs` (state-action pairs of the tree), `optimum` (`J_β*`),
+`initial_regret` (`J_β* - J_β(π_ref)`, reward units; the reward's range is 1), `early_end` (probability of ending before the horizon,
+under the reference and the optimum), `samples` (responses drawn in the three runs together), `regret_fraction_on_policy`,
+`regret_fraction_off_policy`, `regret_fraction_replay` (final exact regret over `initial_regret`), `table_fraction` (the same of the
+tables), `kappa` (of the optimum under the reference's samples), `certificate` (B5 of each final model with the reference's samples
+as the data, over `initial_regret`), `unexpected`, `verdict`, `seconds` (of all parts; a part that was interrupted counts since it was
+taken up again). Exit status 1 if a fraction exceeds `target`, the gap is below 20 % of the reward's range, no response ends early, or
+a certificate is below the regret that it bounds.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from datasets import Dataset
+from rich.table import Table
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PrinterCallback, TrainerCallback
+
+import tbrm_theory as tt
+from tbrm_theory.behaviours import MarkovBehaviour
+from tbrm_theory.bounds import theorem2
+from tbrm_theory.coverage import kappa
+from tbrm_theory.dynamic_programming import Solution
+from tbrm_theory.experiment import run_experiment
+from tbrm_theory.llm.exact import TokenTree
+from tbrm_theory.llm.tokenizer import character_tokenizer
+from tbrm_theory.llm.trainer import TBRMConfig, TBRMTrainer
+from tbrm_theory.mdp import RegularizedMDP
+from tbrm_theory.objectives import PopulationObjective
+from tbrm_theory.occupancy import occupancy
+from tbrm_theory.parametrisations import Tabular
+from tbrm_theory.program import run_program
+from tbrm_theory.results import Run
+from tbrm_theory.shapes import PerLayerStateAction
+from tbrm_theory.training import FitConfig, exact_regret, fit
+
+PHASES = ("on-policy", "off-policy", "replay")
+PAD, END = 0, 1
+"""Of ``character_tokenizer``; the end alone ends a response, padding is a token like the others that nothing rewards."""
+LEAST_GAP = 0.2
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of the experiment; those of the committed run are in experiments/configs/exact_cpu.yaml."""
+
+    prompts: tuple[str, ...] = ("0", "1", "42", "13", "254", "305")
+    digits: int = 6
+    """The vocabulary is these, the end and padding."""
+    horizon: int = 5
+    beta: float = 0.35
+    seed: int = 0
+    hidden_size: int = 64
+    intermediate_size: int = 128
+    layers: int = 2
+    heads: int = 4
+    initializer_range: float = 0.05
+    steps: int = 400
+    """Updates of each run."""
+    batch_size: int = 384
+    """Responses for each update, the prompts in turn."""
+    learning_rate: float = 5e-3
+    """Adam's, after a warm-up and falling to 0 in a straight line."""
+    warmup_steps: int = 20
+    replay_capacity: int = 1536
+    """Responses kept."""
+    evaluations: int = 20
+    """How often the exact regret is computed in each run, besides the start."""
+    checkpoint_every: int = 40
+    table_learning_rate: float = 0.05
+    target: float = 0.02
+    """The largest share of the initial regret that may be left."""
+    results: Path = Path("results")
+
+    def __post_init__(self) -> None:
+        for name in ("digits", "horizon", "steps", "batch_size", "evaluations", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise tt.InvalidInputError(name, f"expected at least 1, found {getattr(self, name)}")
+        if self.digits > 10:
+            raise tt.InvalidInputError("digits", f"expected at most 10, found {self.digits}")
+        for i, prompt in enumerate(self.prompts):
+            if not prompt or not set(prompt) <= set(self.alphabet):
+                raise tt.InvalidInputError(f"prompts[{i}]", f"expected digits of {self.alphabet}, found {prompt!r}")
+
+    @property
+    def alphabet(self) -> str:
+        return "0123456789"[: self.digits]
+
+
+class Problem:
+    """The task of a configuration, and the initial model's tree with its exact optimum."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.tokenizer = character_tokenizer(config.alphabet)
+        prompts = tuple(tuple(self.tokenizer(prompt)["input_ids"]) for prompt in config.prompts)
+        self.tree = TokenTree(prompts, config.horizon, len(self.tokenizer), (END,))
+        self.parity = torch.tensor([prompt[-1] % 2 for prompt in prompts])
+
+    def model(self) -> PreTrainedModel:
+        """The initial model, the same at every call."""
+        config = self.config
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            return LlamaForCausalLM(
+                LlamaConfig(
+                    vocab_size=self.tree.vocabulary,
+                    hidden_size=config.hidden_size,
+                    intermediate_size=config.intermediate_size,
+                    num_hidden_layers=config.layers,
+                    num_attention_heads=config.heads,
+                    max_position_embeddings=64,
+                    initializer_range=config.initializer_range,
+                    bos_token_id=None,
+                    eos_token_id=END,
+                    pad_token_id=PAD,
+                )
+            )
+
+    def reward(self, prompt: Tensor, tokens: Tensor) -> Tensor:
+        """1 where the last token before the end is a digit of the prompt's parity; ``tokens`` are of one length."""
+        if tokens.shape[-1] == 1:
+            return torch.zeros(len(tokens), dtype=torch.float64)
+        answer = tokens[:, -2]
+        right = (tokens[:, -1] == END) & (answer > max(PAD, END)) & (answer % 2 == self.parity[prompt])
+        return right.to(torch.float64)
+
+    def score(self, prompts: Sequence[str], completion_ids: Sequence[Sequence[int]], **unused: Any) -> list[float]:
+        """The same reward as TRL asks for it: from sampled token ids, of any lengths."""
+        number = {prompt: i for i, prompt in enumerate(self.config.prompts)}
+        return [
+            self.reward(torch.tensor([number[prompt]]), torch.tensor([ids])).item()
+            for prompt, ids in zip(prompts, completion_ids, strict=True)
+        ]
+
+    @cached_property
+    def initial_logits(self) -> PerLayerStateAction:
+        return self.tree.logits(self.model())
+
+    @cached_property
+    def mdp(self) -> RegularizedMDP:
+        return self.tree.mdp(self.initial_logits, self.reward, beta=self.config.beta)
+
+    @cached_property
+    def solution(self) -> Solution:
+        return tt.solve(self.mdp)
+
+    def regret(self, model: PreTrainedModel) -> float:
+        return exact_regret(self.mdp, self.tree.logits(model), self.solution).item()
+
+
+# -- the parts -----------------------------------------------------------------------------------------------------
+
+
+def timed(part: Any) -> dict[str, Any]:
+    started = time.perf_counter()
+    return part() | {"seconds": round(time.perf_counter() - started, 2)}
+
+
+def solve_tree(problem: Problem) -> dict[str, Any]:
+    """What is known exactly before any training."""
+    mdp, solution = problem.mdp, problem.solution
+
+    def early_end(log_policy: PerLayerStateAction) -> float:
+        """The mass of the absorbing state of the last layer."""
+        return occupancy(mdp, log_policy).state[-1][-1].item()
+
+    return {
+        "vocabulary": problem.tree.vocabulary,
+        "horizon": mdp.horizon,
+        "prompts": len(problem.tree.prompts),
+        "parameters": problem.model().num_parameters(),
+        "pairs": sum(table.numel() for table in mdp.reference),
+        "optimum": solution.objective.item(),
+        "certified": solution.certified,
+        "initial_regret": tt.regret(mdp, mdp.log_reference, solution=solution).item(),
+        "early_end": [early_end(mdp.log_reference), early_end(solution.log_policy)],
+        "kappa": kappa(mdp, solution.log_policy, mdp.log_reference).item(),
+    }
+
+
+class ExactRegret(TrainerCallback):
+    """Writes the exact regret into the trainer's log, which its checkpoints keep; the model is only looked at."""
+
+    def __init__(self, problem: Problem, every: int) -> None:
+        self.problem, self.every = problem, every
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self._write(state, kwargs["model"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            self._write(state, kwargs["model"])
+
+    def _write(self, state: Any, model: PreTrainedModel) -> None:
+        state.log_history.append({"step": state.global_step, "exact_regret": self.problem.regret(model)})
+
+
+def train(problem: Problem, phase: str, folder: Path) -> dict[str, Any]:
+    """One run of the trainer from the initial model, or from its last checkpoint in ``folder``."""
+    config = problem.config
+    every = max(1, config.steps // config.evaluations)
+    replay: dict[str, Any] = (
+        {"replay_capacity": config.replay_capacity, "num_iterations": 2} if phase == "replay" else {}
+    )
+    settings = TBRMConfig(
+        output_dir=str(folder),
+        beta=config.beta,
+        behaviour="reference" if phase == "off-policy" else "policy",
+        num_generations=1,
+        max_completion_length=config.horizon,
+        per_device_train_batch_size=config.batch_size,
+        max_steps=config.steps,
+        learning_rate=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        lr_scheduler_type="linear",
+        max_grad_norm=0.0,
+        shuffle_dataset=False,
+        seed=config.seed,
+        logging_steps=every,
+        save_steps=config.checkpoint_every,
+        save_total_limit=2,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+        report_to="none",
+        **replay,
+    )
+    batches = config.steps // settings.num_iterations + 1
+    prompts = [config.prompts[i % len(config.prompts)] for i in range(batches * config.batch_size)]
+    trainer = TBRMTrainer(
+        problem.model(),
+        problem.score,
+        settings,
+        Dataset.from_dict({"prompt": prompts}),
+        processing_class=problem.tokenizer,
+        callbacks=[ExactRegret(problem, every)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    log = trainer.state.log_history
+    regrets = [row for row in log if "exact_regret" in row]
+    losses = [row for row in log if "loss" in row]
+    logits = problem.tree.logits(trainer.model)
+    return {
+        "step": [row["step"] for row in regrets],
+        "regret": [row["exact_regret"] for row in regrets],
+        "loss_step": [row["step"] for row in losses],
+        "loss": [row["loss"] for row in losses],
+        "samples": config.batch_size * -(-config.steps // settings.num_iterations),
+        "kappa": kappa(problem.mdp, problem.tree.log_policy_of(logits), problem.mdp.log_reference).item(),
+        "certificate": theorem2(problem.mdp, logits, problem.mdp.log_reference, solution=problem.solution).item(),
+    }
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end: the trainer's own state comes last."""
+    whole = [path.parent for path in folder.glob("checkpoint-*/tbrm_state_0.safetensors")]
+    return str(max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")))) if whole else None
+
+
+class TabularFromModel(Tabular):
+    """One logit for each pair, beginning with those of the initial model."""
+
+    def __init__(self, mdp: RegularizedMDP, logits: PerLayerStateAction) -> None:
+        super().__init__(mdp)
+        self._start = self.parameters(logits)
+
+    def initial(self, seeds: int, generator: torch.Generator, *, scale: float = 1.0) -> Tensor:
+        return self._start.expand(seeds, -1).clone()
+
+
+def train_table(problem: Problem, phase: str) -> dict[str, Any]:
+    """The tabular result beside it: as many steps and responses, the same loss function, the same start."""
+    config, mdp = problem.config, problem.mdp
+    settings = FitConfig(
+        mode={"on-policy": "online", "off-policy": "population", "replay": "replay"}[phase],  # type: ignore[arg-type]
+        steps=config.steps,
+        learning_rate=config.table_learning_rate,
+        seeds=1,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        replay_capacity=config.replay_capacity,
+        evaluations=config.evaluations,
+    )
+    objective = PopulationObjective(mdp, MarkovBehaviour(mdp.log_reference)) if phase == "off-policy" else None
+    _, history = fit(mdp, TabularFromModel(mdp, problem.initial_logits), settings, objective=objective)
+    return {
+        "step": history.step,
+        "regret": [row[0] for row in history.regret],
+        "loss": [row[0] for row in history.loss],
+    }
+
+
+# -- the summary ---------------------------------------------------------------------------------------------------
+
+
+def summarise(target: float, rows: list[dict[str, Any]], _: float) -> dict[str, Any]:
+    """The headline numbers; keys are explained in ``--help``."""
+    by_part = {row["cell"]: row for row in rows}
+    tree = by_part["tree"]
+    initial = tree["initial_regret"]
+    fraction = {phase: by_part[phase]["regret"][-1] / initial for phase in PHASES}
+    certificate = {phase: by_part[phase]["certificate"] / initial for phase in PHASES}
+    bad = [f"{phase}: {value:.2%} of the regret left" for phase, value in fraction.items() if not value <= target]
+    bad += [f"{phase}: certificate below the regret" for phase in PHASES if certificate[phase] < fraction[phase]]
+    if not tree["certified"]:
+        bad.append("the solution of the tree is not certified")
+    if initial < LEAST_GAP:
+        bad.append(f"the initial regret is {initial:.1%} of the reward's range")
+    if not min(tree["early_end"]) > 0:
+        bad.append("no response ends early")
+    described = (
+        "vocabulary",
+        "horizon",
+        "prompts",
+        "parameters",
+        "pairs",
+        "optimum",
+        "initial_regret",
+        "early_end",
+        "kappa",
+    )
+    return {
+        **{name: tree[name] for name in described},
+        "samples": sum(by_part[phase]["samples"] for phase in PHASES),
+        **{f"regret_fraction_{phase.replace('-', '_')}": value for phase, value in fraction.items()},
+        "table_fraction": {phase: by_part[f"table/{phase}"]["regret"][-1] / initial for phase in PHASES},
+        "certificate": certificate,
+        "unexpected": bad,
+        "verdict": "as predicted" if not bad else "NOT as predicted",
+        "seconds": round(sum(row["seconds"] for row in rows), 1),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """One line a run; regrets in reward units."""
+    view = Table("run", "initial regret", "final regret", "share left", "seconds")
+    for row in rows:
+        if "regret" in row:
+            first, last = row["regret"][0], row["regret"][-1]
+            view.add_row(row["cell"], f"{first:.4f}", f"{last:.6f}", f"{last / first:.2%}", f"{row['seconds']:.1f}")
+    return view
+
+
+def main(config: Config) -> int:
+    problem = Problem(config)
+    settings = {key: value for key, value in asdict(config).items() if key != "results"}
+    folder = Run.open("exact_cpu", settings, root=config.results).folder  # the very run that is recorded below
+    parts: dict[str, Any] = {"tree": partial(solve_tree, problem)}
+    parts |= {phase: partial(train, problem, phase, folder / "checkpoints" / phase) for phase in PHASES}
+    parts |= {f"table/{phase}": partial(train_table, problem, phase) for phase in PHASES}
+    return run_experiment(
+        "exact_cpu",
+        config,
+        {name: partial(timed, part) for name, part in parts.items()},
+        partial(summarise, config.target),
+        lambda rows, _: [table(rows)],
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_program("exact_transformer", lambda: main(tyro.cli(Config, description=__doc__))))

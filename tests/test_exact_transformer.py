@@ -1,0 +1,278 @@
+"""The run `exact_cpu` at toy size, end to end: it reaches the exact optimum, its data are what it says, and it survives a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+import yaml
+from tiny_language_models import language_model_test, own_randomness  # noqa: F401 - a fixture
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "experiments"))
+sys.path.insert(0, str(ROOT / "paper_figs"))
+
+import exact_transformer as experiment  # noqa: E402
+import fig_exact_cpu  # noqa: E402
+import llm_run  # noqa: E402
+
+import tbrm_theory as tt  # noqa: E402
+from tbrm_theory.llm.trainer import TBRMTrainer  # noqa: E402
+from tbrm_theory.losses import tbrm_loss  # noqa: E402
+from tbrm_theory.scores import table_scores  # noqa: E402
+
+pytestmark = language_model_test
+
+TOY = experiment.Config(
+    prompts=("0", "11"),
+    digits=2,
+    horizon=2,
+    hidden_size=16,
+    intermediate_size=16,
+    layers=1,
+    heads=2,
+    initializer_range=0.3,
+    beta=0.3,
+    steps=60,
+    batch_size=64,
+    learning_rate=0.02,
+    warmup_steps=2,
+    replay_capacity=128,
+    evaluations=4,
+    checkpoint_every=10,
+    target=0.1,
+)
+
+
+def rows_of(results: Path) -> dict[str, dict[str, Any]]:
+    text = (results / "exact_cpu" / "latest" / "metrics.jsonl").read_text()
+    return {row["cell"]: row for row in map(json.loads, text.splitlines())}
+
+
+def summary_of(results: Path) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((results / "exact_cpu" / "latest" / "summary.json").read_text())
+    return summary
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of one toy run, from its YAML file through the entry point of all runs; the global states are put back by hand here."""
+    folder = tmp_path_factory.mktemp("results")
+    settings = folder / "toy.yaml"
+    given = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(TOY).items()}
+    settings.write_text(yaml.safe_dump({"run": "exact"} | given | {"results": str(folder)}))
+    command = [sys.executable, str(ROOT / "experiments" / "llm_run.py"), "--config", str(settings)]
+    subprocess.run(command, check=True, capture_output=True, timeout=600, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    return folder
+
+
+def test_the_transformer_reaches_the_optimum_of_its_own_tree(results: Path) -> None:
+    summary = summary_of(results)
+    assert summary["verdict"] == "as predicted"
+    for phase in ("on_policy", "off_policy", "replay"):
+        assert 0 < summary[f"regret_fraction_{phase}"] < TOY.target
+    assert summary["vocabulary"] == 4
+    assert summary["horizon"] == 2
+    assert min(summary["early_end"]) > 0
+    assert summary["samples"] == 64 * (60 + 60 + 30)
+    assert all(bound > 0 for bound in summary["certificate"].values())
+
+
+def test_every_key_of_the_summary_is_explained(results: Path) -> None:
+    for key in summary_of(results):
+        assert f"`{key}`" in (experiment.__doc__ or ""), key
+
+
+def test_the_curves_begin_at_the_reference(results: Path) -> None:
+    rows = rows_of(results)
+    initial = rows["tree"]["initial_regret"]
+    for phase in experiment.PHASES:
+        assert rows[phase]["step"] == [0, 15, 30, 45, 60]
+        for cell in (phase, f"table/{phase}"):
+            assert rows[cell]["regret"][0] == pytest.approx(initial, rel=1e-6)
+            assert rows[cell]["regret"][-1] < initial
+
+
+def test_a_regret_above_the_target_is_unexpected(results: Path) -> None:
+    rows = list(rows_of(results).values())
+    strict = experiment.summarise(1e-9, rows, 0.0)
+    assert [line.split(":")[0] for line in strict["unexpected"]] == list(experiment.PHASES)
+    small = [row | {"initial_regret": 0.1} if row["cell"] == "tree" else row for row in rows]
+    assert "the initial regret is 10.0% of the reward's range" in experiment.summarise(0.1, small, 0.0)["unexpected"]
+    silent = [row | {"early_end": [0.0, 0.1]} if row["cell"] == "tree" else row for row in rows]
+    assert experiment.summarise(0.1, silent, 0.0)["unexpected"] == ["no response ends early"]
+    loose = [row | {"certificate": 0.0} if row["cell"] == "replay" else row for row in rows]
+    assert experiment.summarise(0.1, loose, 0.0)["unexpected"] == ["replay: certificate below the regret"]
+
+
+def test_the_figure_draws_the_runs_table(results: Path) -> None:
+    drawn = fig_exact_cpu.extract(list(rows_of(results).values()))
+    figure = fig_exact_cpu.draw(drawn)
+    for axis, phase in zip(figure.axes, experiment.PHASES, strict=True):
+        table, transformer, target = (line.get_xydata() for line in axis.lines)
+        by_cell = {row["cell"]: row for row in drawn}
+        assert transformer[:, 1].tolist() == by_cell[phase]["share"]
+        assert table[:, 1].tolist() == by_cell[f"table/{phase}"]["share"]
+        assert target[0, 1] == 0.02
+    plt.close(figure)
+
+
+# -- where the data come from ----------------------------------------------------------------------------------------
+
+
+class Watched(TBRMTrainer):
+    """Keeps the rows that its losses read, the values, and the policy's own probabilities of that moment."""
+
+    seen: list[dict[str, Any]]
+
+    def _compute_loss(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        loss = super()._compute_loss(model, inputs)
+        self.seen.append({"inputs": inputs, "loss": loss.item(), "logits": self.problem.tree.logits(model)})
+        return loss
+
+
+@pytest.mark.parametrize("phase", experiment.PHASES)
+def test_the_trainers_loss_is_that_of_the_table_on_its_own_samples(
+    phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trainer's rows, as trajectories of the tree, give the tabular loss of the model's logits: the same function, two roads."""
+    problem = experiment.Problem(replace(TOY, steps=4, batch_size=24, evaluations=1, checkpoint_every=4))
+    monkeypatch.setattr(experiment, "TBRMTrainer", Watched)
+    monkeypatch.setattr(Watched, "problem", problem, raising=False)
+    monkeypatch.setattr(Watched, "seen", seen := [], raising=False)
+    experiment.train(problem, phase, tmp_path)
+    assert len(seen) == 4
+    for entry in seen:
+        inputs = entry["inputs"]
+        prompts, responses = (
+            [ids[mask.bool()].tolist() for ids, mask in zip(inputs[f"{part}_ids"], inputs[f"{part}_mask"], strict=True)]
+            for part in ("prompt", "completion")
+        )
+        batch = problem.tree.trajectories(prompts, responses)
+        scores = table_scores(entry["logits"], problem.mdp.log_reference, problem.mdp.reward, batch)
+        assert entry["loss"] == pytest.approx(tbrm_loss(scores, beta=TOY.beta).item(), rel=1e-4)
+        assert scores.trajectory_return.tolist() == inputs["trajectory_return"].tolist()
+    assert not all(map(torch.equal, seen[0]["logits"], seen[-1]["logits"]))  # it has learned in between
+
+
+@pytest.mark.parametrize(("phase", "sampler"), [("on-policy", "policy"), ("off-policy", "reference")])
+def test_who_writes_the_responses(phase: str, sampler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The off-policy run asks the reference alone for responses; the policy is far from it here."""
+    problem = experiment.Problem(replace(TOY, steps=3, batch_size=24, evaluations=1))
+    asked: list[Any] = []
+    own = experiment.LlamaForCausalLM.generate
+
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        asked.append(self)
+        return own(self, *args, **kwargs)
+
+    monkeypatch.setattr(experiment.LlamaForCausalLM, "generate", generate)
+    trainers: list[TBRMTrainer] = []
+
+    class Kept(TBRMTrainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            trainers.append(self)
+
+    monkeypatch.setattr(experiment, "TBRMTrainer", Kept)
+    experiment.train(problem, phase, tmp_path)
+    (trainer,) = trainers
+    expected = trainer.model if sampler == "policy" else trainer.ref_model
+    assert len(asked) == 3
+    assert all(model is expected for model in asked)
+    initial = problem.model().state_dict()
+    assert all(torch.equal(value, initial[name]) for name, value in trainer.ref_model.state_dict().items())
+    assert not all(torch.equal(value, initial[name]) for name, value in trainer.model.state_dict().items())
+
+
+def test_the_reward_of_sampled_ids_is_that_of_the_tree() -> None:
+    problem = experiment.Problem(replace(TOY, prompts=("0", "12", "5"), digits=6, horizon=3))
+    tokens = {(4, 2, 1): (1, 0, 0), (3, 1): (0, 0, 1), (1,): (0, 0, 0), (2, 4, 4): (0, 0, 0), (2, 0, 1): (0, 0, 0)}
+    for ids, expected in tokens.items():
+        given = problem.score(list(problem.config.prompts), [list(ids)] * 3)
+        assert given == [0.0 if i != 1 else e for i, e in enumerate(expected)] or given == list(map(float, expected))
+
+
+# -- interruptions -----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_killed_inside_a_part_goes_on_to_the_same_numbers(results: Path, tmp_path: Path) -> None:
+    """kill -9 in the middle of each kind of run; complete parts are not repeated."""
+    command = [
+        sys.executable,
+        "experiments/llm_run.py",
+        "--config",
+        str(results / "toy.yaml"),
+        "--results",
+        str(tmp_path),
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for phase in ("on-policy", "replay"):
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 300
+        wanted = f"exact_cpu/*/checkpoints/{phase}/checkpoint-20/tbrm_state_0.safetensors"
+        while not list(tmp_path.glob(wanted)) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert process.poll() is None, "it ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert phase not in rows_of(tmp_path)
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=600)
+    assert len([path for path in (tmp_path / "exact_cpu").iterdir() if not path.is_symlink()]) == 1
+    interrupted, whole = rows_of(tmp_path), rows_of(results)
+    assert interrupted.keys() == whole.keys()
+    for cell, row in whole.items():
+        assert {key: value for key, value in interrupted[cell].items() if key != "seconds"} == {
+            key: value for key, value in row.items() if key != "seconds"
+        }
+
+
+def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path: Path) -> None:
+    assert experiment.last_checkpoint(tmp_path) is None
+    for step in (9, 80, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    for step in (9, 80):
+        (tmp_path / f"checkpoint-{step}" / "tbrm_state_0.safetensors").touch()
+    assert experiment.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-80")
+
+
+# -- settings ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_committed_settings_are_of_the_size_that_was_asked_for() -> None:
+    given = yaml.safe_load((ROOT / "experiments" / "configs" / "exact_cpu.yaml").read_text())
+    assert given.pop("run") == "exact"
+    assert given.keys() <= {field.name for field in fields(experiment.Config)}
+    config = llm_run.read_settings(["--config", str(ROOT / "experiments/configs/exact_cpu.yaml")], experiment.Config)
+    problem = experiment.Problem(config)
+    assert problem.tree.vocabulary >= 8
+    assert problem.tree.horizon >= 5
+    assert len(problem.tree.prompts) >= 4
+    assert config.target <= 0.02
+    assert config.batch_size % len(config.prompts) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompts": ("0", "7")}, r"prompts\[1\]: expected digits of 01"),
+        ({"prompts": ("",)}, r"prompts\[0\]: expected digits"),
+        ({"digits": 11}, "digits: expected at most 10"),
+        ({"steps": 0}, "steps: expected at least 1"),
+    ],
+)
+def test_malformed_settings_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(tt.InvalidInputError, match=f"^{message}"):
+        replace(TOY, **change)
