@@ -4,7 +4,9 @@ A small Llama made in code answers short prompts. Its whole tree of responses is
 optimum against this very reference is known, and every policy on the way is judged by its exact `J_β`. Training sees sampled
 responses and their rewards, one for each prompt (n = 1), and nothing of the tree. The task: write digits, as many as you like, and
 stop; the answer is the last digit before the end, and right if it is even or odd as the prompt's last digit is. Only the finished
-response is paid, 1 or 0; one that runs into the horizon gets 0.
+response is paid, 1 or 0; one that runs into the horizon gets 0. A prompt is digits and `=`: without that mark "1" answered by "3"
+and "13" not answered yet are one text, and with rotary positions "1" and "11" are alike too, attention averaging equal values;
+such states share their logits, the optimum is then out of reach, and a tenth of the regret stayed.
 
 Parts, each recorded when it is complete, and taken up again inside from the trainer's checkpoint:
 
@@ -60,8 +62,9 @@ from tbrm_theory.shapes import PerLayerStateAction
 from tbrm_theory.training import FitConfig, exact_regret, fit
 
 PHASES = ("on-policy", "off-policy", "replay")
-PAD, END = 0, 1
-"""Of ``character_tokenizer``; the end alone ends a response, padding is a token like the others that nothing rewards."""
+PAD, END, MARK = 0, 1, "="
+"""Of ``character_tokenizer``, which has the digits next and the mark last. The end alone ends a response; padding and the mark are
+tokens like the others that nothing rewards."""
 LEAST_GAP = 0.2
 
 
@@ -69,9 +72,10 @@ LEAST_GAP = 0.2
 class Config:
     """Settings of the experiment; those of the committed run are in experiments/configs/exact_cpu.yaml."""
 
-    prompts: tuple[str, ...] = ("0", "1", "42", "13", "254", "305")
-    digits: int = 6
-    """The vocabulary is these, the end and padding."""
+    prompts: tuple[str, ...] = ("0", "1", "42", "13", "214", "303")
+    """Without the mark."""
+    digits: int = 5
+    """The vocabulary is these, the mark, the end and padding."""
     horizon: int = 5
     beta: float = 0.35
     seed: int = 0
@@ -79,7 +83,7 @@ class Config:
     intermediate_size: int = 128
     layers: int = 2
     heads: int = 4
-    initializer_range: float = 0.05
+    initializer_range: float = 0.1
     steps: int = 400
     """Updates of each run."""
     batch_size: int = 384
@@ -104,11 +108,11 @@ class Config:
         if self.digits > 10:
             raise tt.InvalidInputError("digits", f"expected at most 10, found {self.digits}")
         for i, prompt in enumerate(self.prompts):
-            if not prompt or not set(prompt) <= set(self.alphabet):
-                raise tt.InvalidInputError(f"prompts[{i}]", f"expected digits of {self.alphabet}, found {prompt!r}")
+            if not prompt or not set(prompt) <= set(self.known_digits):
+                raise tt.InvalidInputError(f"prompts[{i}]", f"expected digits of {self.known_digits}, found {prompt!r}")
 
     @property
-    def alphabet(self) -> str:
+    def known_digits(self) -> str:
         return "0123456789"[: self.digits]
 
 
@@ -117,10 +121,11 @@ class Problem:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.tokenizer = character_tokenizer(config.alphabet)
-        prompts = tuple(tuple(self.tokenizer(prompt)["input_ids"]) for prompt in config.prompts)
+        self.tokenizer = character_tokenizer(config.known_digits + MARK)
+        self.texts = [prompt + MARK for prompt in config.prompts]
+        prompts = tuple(tuple(self.tokenizer(text)["input_ids"]) for text in self.texts)
         self.tree = TokenTree(prompts, config.horizon, len(self.tokenizer), (END,))
-        self.parity = torch.tensor([prompt[-1] % 2 for prompt in prompts])
+        self.parity = torch.tensor([prompt[-2] % 2 for prompt in prompts])
 
     def model(self) -> PreTrainedModel:
         """The initial model, the same at every call."""
@@ -147,12 +152,13 @@ class Problem:
         if tokens.shape[-1] == 1:
             return torch.zeros(len(tokens), dtype=torch.float64)
         answer = tokens[:, -2]
-        right = (tokens[:, -1] == END) & (answer > max(PAD, END)) & (answer % 2 == self.parity[prompt])
+        is_digit = (answer > END) & (answer < self.tree.vocabulary - 1)
+        right = (tokens[:, -1] == END) & is_digit & (answer % 2 == self.parity[prompt])
         return right.to(torch.float64)
 
     def score(self, prompts: Sequence[str], completion_ids: Sequence[Sequence[int]], **unused: Any) -> list[float]:
         """The same reward as TRL asks for it: from sampled token ids, of any lengths."""
-        number = {prompt: i for i, prompt in enumerate(self.config.prompts)}
+        number = {prompt: i for i, prompt in enumerate(self.texts)}
         return [
             self.reward(torch.tensor([number[prompt]]), torch.tensor([ids])).item()
             for prompt, ids in zip(prompts, completion_ids, strict=True)
@@ -254,7 +260,7 @@ def train(problem: Problem, phase: str, folder: Path) -> dict[str, Any]:
         **replay,
     )
     batches = config.steps // settings.num_iterations + 1
-    prompts = [config.prompts[i % len(config.prompts)] for i in range(batches * config.batch_size)]
+    prompts = [problem.texts[i % len(problem.texts)] for i in range(batches * config.batch_size)]
     trainer = TBRMTrainer(
         problem.model(),
         problem.score,
