@@ -1,0 +1,127 @@
+"""From a language model's logits to :class:`TrajectoryScores`: a prompt is ``s_1``, a token an action.
+
+Shapes: ``B`` rows (one prompt and one completion each), ``C`` completion positions, ``W`` words in the vocabulary. The
+logits that choose the completion's tokens are those *before* each token: the first row of them stands at the last position
+of the prompt, and its log-sum-exp is ``V_θ(s_1)`` ([Y] Eq. 2). A completion's end-of-sequence token is an action like the
+others; what follows it is padding. Tokens that a tool wrote are no actions: the actions around them move together, and
+``V_θ(s_{h+1})`` is then the value where the model speaks again.
+
+Log-sum-exp and log-probabilities are taken in float32 at least, whatever the logits come in, a chunk of positions at a time;
+the backward pass recomputes a chunk rather than keep it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from tbrm_theory.errors import InvalidInputError
+from tbrm_theory.losses import TrajectoryScores
+
+__all__ = ["TokenScores", "completion_scores", "position_ids", "token_scores"]
+
+CHUNK = 4096
+"""Positions whose logits are held in float32 at once."""
+
+
+class TokenScores(NamedTuple):
+    """What the logits say at the completion's positions."""
+
+    log_policy: Tensor
+    """``log π_θ(a_h|s_h)`` of the token there, ``(B, C)``."""
+    initial_value: Tensor
+    """``V_θ(s_1)``, at the last position of the prompt, ``(B,)``."""
+    value: Tensor | None
+    """``V_θ(s_h) = logsumexp`` of the logits that chose the token, ``(B, C)``; None where they were never all at hand."""
+    entropy: Tensor
+    """``H(π_θ(·|s_h))`` in nats, ``(B, C)``."""
+
+    def rows(self, index: Tensor) -> TokenScores:
+        """Those rows."""
+        value = None if self.value is None else self.value[index]
+        return TokenScores(self.log_policy[index], self.initial_value[index], value, self.entropy[index])
+
+
+def position_ids(attention_mask: Int[Tensor, "rows positions"]) -> Int[Tensor, "rows positions"]:
+    """Each token's place in its own text, so that padding on the left shifts nothing; generation counts the same way."""
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def token_scores(
+    logits: Float[Tensor, "rows steps words"],
+    tokens: Int[Tensor, "rows steps"],
+    *,
+    temperature: float = 1.0,
+    chunk: int = CHUNK,
+) -> TokenScores:
+    """The scores of ``tokens`` under ``softmax(logits / temperature)``, in float32 or the logits' own float64."""
+    if tokens.numel() == 0:
+        raise InvalidInputError("tokens", f"expected at least one, found shape {tuple(tokens.shape)}")
+    flat, chosen = logits.flatten(0, 1), tokens.flatten()
+    recompute = torch.is_grad_enabled() and logits.requires_grad
+    pieces = []
+    for start in range(0, len(chosen), chunk):
+        piece = flat[start : start + chunk], chosen[start : start + chunk], temperature
+        if recompute:
+            pieces.append(checkpoint(_chunk_scores, *piece, use_reentrant=False, preserve_rng_state=False))
+        else:
+            pieces.append(_chunk_scores(*piece))
+    log_policy, value, entropy = (torch.cat(parts).view(tokens.shape) for parts in zip(*pieces, strict=True))
+    return TokenScores(log_policy, value[:, 0], value, entropy)
+
+
+def _chunk_scores(
+    logits: Float[Tensor, "positions words"], tokens: Int[Tensor, " positions"], temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    logits = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
+    value = logits.logsumexp(-1)
+    log_policy = logits - value.unsqueeze(-1)
+    entropy = -torch.where(log_policy > -torch.inf, log_policy.exp() * log_policy, 0.0).sum(-1)
+    return log_policy.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), value, entropy
+
+
+def completion_scores(
+    tokens: TokenScores,
+    *,
+    log_reference: Float[Tensor, "rows steps"],
+    actions: Bool[Tensor, "rows steps"],
+    trajectory_return: Float[Tensor, " rows"],
+    **further: Tensor,
+) -> TrajectoryScores:
+    """The scores of rows whose actions are the positions where ``actions`` is True.
+
+    Args:
+        further: other fields of :class:`TrajectoryScores`, ``(B,)`` or ``(B, C)``; the latter move with the actions.
+
+    Raises:
+        InvalidInputError: a row without an action.
+    """
+    empty = ~actions.any(-1)
+    if bool(empty.any()):
+        raise InvalidInputError(f"actions[{int(empty.nonzero()[0])}]", "expected an action in every row, found none")
+    # A stable sort brings the actions of a row to the front and keeps their order.
+    order = (~actions).int().argsort(dim=-1, stable=True)[:, : int(actions.sum(-1).max())]
+    dtype = tokens.log_policy.dtype
+
+    def moved(table: Tensor) -> Tensor:
+        return table.gather(-1, order) if table.dim() == 2 else table
+
+    mask, log_policy = moved(actions), moved(tokens.log_policy)
+    last = mask & ~torch.nn.functional.pad(mask[:, 1:], (0, 1))
+    trajectory_return = trajectory_return.to(dtype)
+    return TrajectoryScores(
+        log_policy=log_policy,
+        log_reference=moved(log_reference).to(dtype),
+        mask=mask,
+        initial_value=tokens.initial_value,
+        trajectory_return=trajectory_return,
+        first_logit=tokens.initial_value + log_policy[:, 0],
+        value=None if tokens.value is None else moved(tokens.value),
+        reward=torch.where(last, trajectory_return.unsqueeze(-1), 0.0),  # the outcome is known with the last token
+        entropy=moved(tokens.entropy),
+        **{name: moved(table).to(dtype) for name, table in further.items()},
+    )

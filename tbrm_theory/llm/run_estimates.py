@@ -1,0 +1,166 @@
+"""What a run takes, before it takes it: bytes on each device, and tokens and operations in all.
+
+Memory (``P`` parameters, each of ``w`` bytes): weights ``P·w``, gradients ``P·w``, AdamW's two moments ``2·P·w``, the frozen
+reference ``P·w``, PPO's critic as much as the policy with its gradients and moments. Fully sharded (FSDP, ZeRO-3), each device
+holds its share of all of that, and gathers one layer at a time; ZeRO-2 shards gradients and moments alone.
+
+Activations are counted for a decoder with gated feed-forward layers, whose attention matrix is not stored: for each token and
+layer what :func:`layer_elements` says; with activation checkpointing the input of every layer, and one layer in full. The logits
+of the completion stand beside them with their gradient, in fp32. What fragments, buffers and the libraries take is not counted.
+
+Operations: 2 for each parameter and token in a forward pass, 4 in a backward pass ([Kaplan et al. 2020], §2.1); attention over
+the sequence is left out.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from tbrm_theory.errors import InvalidInputError
+from tbrm_theory.llm.launch_files import Launch
+from tbrm_theory.llm.methods import METHODS
+from tbrm_theory.llm.run_files import Run
+from tbrm_theory.llm.run_parts import build_model, model_configuration, parameter_count
+
+__all__ = ["Memory", "Work", "layer_elements", "memory_estimate", "work_estimate"]
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each device."""
+
+    weights: int
+    gradients: int
+    optimiser: int
+    reference: int
+    critic: int
+    gathered: int
+    """The largest part that is not sharded while it is used."""
+    activations: int
+    logits: int
+    generation: int
+    """Keys and values of the responses being sampled, or what vLLM claims on the same device."""
+    generation_stays: bool
+    """Whether vLLM keeps its claim during an update (no sleep mode)."""
+
+    @property
+    def peak(self) -> int:
+        """What lies there always, and the larger of an update and of sampling, or both."""
+        lasting = self.weights + self.gradients + self.optimiser + self.reference + self.critic + self.gathered
+        update = self.activations + self.logits
+        return lasting + (update + self.generation if self.generation_stays else max(update, self.generation))
+
+
+@dataclass(frozen=True)
+class Work:
+    """Counts over all devices, at most: no response ends before its longest length."""
+
+    parameters: int
+    updates: int
+    problems: int
+    """In one update; with repetition over the run: ``problems · updates``."""
+    rollouts: int
+    """In one update."""
+    generated_tokens: int
+    """In one update."""
+    operations: float
+    """In the whole run."""
+    models_held: int
+
+
+def layer_elements(configuration: PreTrainedConfig) -> int:
+    """Numbers that one layer keeps for the backward pass, for each token.
+
+    Two norms (the input, in fp32 and the normalised one: 5 widths with the residual), queries, keys and values before and after the
+    rotation, the attention's result and its projection's input, and three to four times the inner width of the gated layer.
+    """
+    width, heads = configuration.hidden_size, configuration.num_attention_heads
+    head = getattr(configuration, "head_dim", None) or width // heads
+    queries, keys = heads * head, configuration.num_key_value_heads * head
+    return 10 * width + 4 * queries + 6 * keys + 5 * configuration.intermediate_size
+
+
+def memory_estimate(run: Run, launch: Launch | None = None) -> Memory:
+    """Bytes on each device, from the architecture on the meta device and the run's arguments."""
+    arguments, training, method = run.arguments, run.training, METHODS[run.arguments.method]
+    configuration = model_configuration(arguments)
+    parameters = parameter_count(build_model(arguments, device="meta"))
+    vllm = _vllm(run)
+    wide = 4 if arguments.dtype == "float32" else 2
+    narrow = 2 if training.bf16 or wide == 2 else 4
+    processes, stage = (launch.processes, launch.stage) if launch else (arguments.processes, 0)
+    whole = parameters * wide
+    kept, trained = (whole // processes if stage == 3 else whole), (whole // processes if stage >= 2 else whole)
+    prompt, completion = arguments.prompt_tokens, _completion(run)
+    rows = training.per_device_train_batch_size
+    layers, width, vocabulary = configuration.num_hidden_layers, configuration.hidden_size, configuration.vocab_size
+    tokens, per_layer = rows * (prompt + completion), layer_elements(configuration)
+    if training.activation_checkpointing:
+        activations = tokens * narrow * (layers * width + per_layer)
+    else:
+        activations = tokens * narrow * layers * per_layer
+    layer = (parameters - vocabulary * width * (1 if configuration.tie_word_embeddings else 2)) // layers
+    return Memory(
+        weights=kept,
+        gradients=trained,
+        optimiser=2 * trained,
+        reference=kept if method.reference else 0,
+        critic=kept + 3 * trained if method.critic else 0,
+        gathered=max(layer, vocabulary * width) * narrow if stage == 3 else 0,
+        activations=activations * (2 if method.critic else 1),
+        logits=0 if getattr(training, "fused_lm_head", False) else rows * completion * vocabulary * (narrow + 4 + 4),
+        generation=_generation_bytes(run, configuration, narrow),
+        generation_stays=vllm is not None and not vllm.vllm_enable_sleep_mode,
+    )
+
+
+def _completion(run: Run) -> int:
+    length: Any = getattr(run.training, "max_completion_length", None)
+    return int(length) if length else run.arguments.prompt_tokens
+
+
+def _vllm(run: Run) -> Any:
+    """The run's settings if vLLM generates, else ``None``."""
+    return run.training if getattr(run.training, "use_vllm", False) else None
+
+
+def _generation_bytes(run: Run, configuration: PreTrainedConfig, narrow: int) -> int:
+    arguments, training = run.arguments, run.training
+    if not METHODS[arguments.method].rollouts:
+        return 0
+    if vllm := _vllm(run):
+        return 0 if vllm.vllm_mode == "server" else int(vllm.vllm_gpu_memory_utilization * arguments.device_gib * _GIB)
+    head = getattr(configuration, "head_dim", None) or configuration.hidden_size // configuration.num_attention_heads
+    each = 2 * configuration.num_hidden_layers * configuration.num_key_value_heads * head * narrow
+    at_once = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    return at_once * (arguments.prompt_tokens + _completion(run)) * each
+
+
+def work_estimate(run: Run) -> Work:
+    """Tokens and operations, at most."""
+    arguments, training, method = run.arguments, run.training, METHODS[run.arguments.method]
+    if training.max_steps <= 0:
+        raise InvalidInputError("max_steps", "expected a positive number of updates")
+    parameters = parameter_count(build_model(arguments, device="meta"))
+    group = getattr(training, "num_generations", 1) if method.rollouts else 1
+    rollouts = arguments.prompts_per_step * group
+    batches = math.ceil(training.max_steps / getattr(training, "num_iterations", 1))
+    generated = rollouts * _completion(run) if method.rollouts else 0
+    read = rollouts * (arguments.prompt_tokens + _completion(run))
+    update = 6 * (2 if method.critic else 1) + (2 if training.activation_checkpointing else 0)
+    per_batch = 2.0 * (rollouts * arguments.prompt_tokens * bool(generated) + generated) + 2.0 * read * method.reference
+    return Work(
+        parameters=parameters,
+        updates=training.max_steps,
+        problems=arguments.prompts_per_step,
+        rollouts=rollouts,
+        generated_tokens=generated,
+        operations=parameters * (batches * per_batch + training.max_steps * update * read),
+        models_held=1 + method.reference + method.critic,
+    )
