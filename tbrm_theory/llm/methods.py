@@ -34,7 +34,7 @@ METHODS: dict[str, Method] = {
     "tbrm": Method(_TRAINER, _CONFIG, {"loss": "tbrm"}),
     "reval": Method(_TRAINER, _CONFIG, {"loss": "reval"}),
     "brm": Method(_TRAINER, _CONFIG, {"loss": "brm"}),
-    "ppo": Method(_TRAINER, _CONFIG, {"loss": "ppo"}, critic=True),
+    "ppo": Method("tbrm_theory.llm.critic:PPOTrainer", _CONFIG, {"loss": "ppo"}, critic=True),
     "grpo": Method("trl:GRPOTrainer", "trl:GRPOConfig"),
     "rloo": Method("trl:RLOOTrainer", "trl:RLOOConfig"),
     "a2po": Method("trl.experimental.a2po:A2POTrainer", "trl.experimental.a2po:A2POConfig"),
