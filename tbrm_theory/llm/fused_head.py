@@ -11,12 +11,11 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
 from tbrm_theory.llm.language_scores import TokenScores
@@ -24,6 +23,7 @@ from tbrm_theory.llm.language_scores import TokenScores
 __all__ = ["add_start_logits", "fused_token_scores"]
 
 
+@no_type_check  # wrappers rebuild it from a dictionary in the place of its first field
 @dataclass
 class StartOutput(FusedCausalLMOutput):
     """TRL's output and the logits of one position: a declared field, for wrappers rebuild outputs from declared fields."""
@@ -40,13 +40,14 @@ def add_start_logits(model: PreTrainedModel) -> None:
     def forward(self: Any, *args: Any, start_position: int | None = None, **kwargs: Any) -> Any:
         if start_position is None:
             return fused(*args, **kwargs)
-        kept: list[Tensor] = []
-        hook = self.base_model.register_forward_hook(lambda module, given, out: kept.append(out.last_hidden_state))
+        kept: list[Any] = []
+        hook = self.base_model.register_forward_hook(lambda module, given, out: kept.append(out))
         try:
             output = fused(*args, **kwargs)
         finally:
             hook.remove()
-        with _backbone_says(self.base_model, kept[0][:, start_position, None]):
+        start = dict(kept[0]) | {"last_hidden_state": kept[0].last_hidden_state[:, start_position, None]}
+        with _backbone_says(self.base_model, type(kept[0])(**start)):
             own = type(self).forward(self, input_ids=kwargs["input_ids"], use_cache=False)
         return StartOutput(**output, start_logits=own.logits[:, 0])
 
@@ -54,10 +55,10 @@ def add_start_logits(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def _backbone_says(backbone: Any, hidden_states: Tensor) -> Iterator[None]:
-    """The backbone returns these and computes nothing."""
+def _backbone_says(backbone: Any, output: Any) -> Iterator[None]:
+    """The backbone returns this and computes nothing."""
     own = backbone.__dict__.get("forward")
-    backbone.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=hidden_states)
+    backbone.forward = lambda *args, **kwargs: output
     try:
         yield
     finally:
