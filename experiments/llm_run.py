@@ -43,10 +43,11 @@ _SAMPLED_PROBLEMS = 8
 
 
 def dry_run(runs: Sequence[Run]) -> list[tuple[Run, Memory, Work]]:
-    """Check every run as far as that goes without training it, and estimate what it takes."""
+    """Check every run as far as that goes without training it, and estimate what it takes; seeds do not differ in that."""
     launches = {path: read_launch_file(path) for run in runs for path in run.arguments.launch}
+    first_seeds = {run.arguments.name: run for run in reversed(runs)}
     checked = []
-    for run in runs:
+    for run in reversed(first_seeds.values()):
         check_run(run, [launches[path] for path in run.arguments.launch])
         launch = launches[run.arguments.launch[0]] if run.arguments.launch else None
         checked.append((run, memory_estimate(run, launch), work_estimate(run)))
@@ -119,11 +120,7 @@ def tables(checked: Sequence[tuple[Run, Memory, Work]]) -> list[Table]:
         "models",
         title="work, at most",
     )
-    shown: set[str] = set()
     for run, taken, done in checked:
-        if run.arguments.name in shown:
-            continue  # the same with another seed
-        shown.add(run.arguments.name)
         row = [f"{getattr(taken, part) / _GIB:.3g}" for part in parts]
         room = run.arguments.device_gib
         peak = (
@@ -165,7 +162,7 @@ def fits(run: Run, memory: Memory) -> bool:
 
 def run_exact(arguments: Sequence[str]) -> int:
     """The experiment with an exact optimum, with the settings of the file."""
-    exact = importlib.import_module("experiments.exact_transformer" if __package__ else "exact_transformer")
+    exact = importlib.import_module("exact_transformer")  # beside this file
     wanted = [word for word in arguments if word != "--dry-run"]
     settings = read_settings(wanted, exact.Config)
     if len(wanted) < len(arguments):

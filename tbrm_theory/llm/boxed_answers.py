@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -117,7 +118,9 @@ class BoxedVerifier:
 def math_reward(verifier: BoxedVerifier) -> Reward:
     """The reward of problems with a boxed answer in TRL's convention; it reads the column ``answer``."""
 
-    def right_boxed_answer(prompts: list[Any], completions: list[Any], answer: list[str], **_: Any) -> list[float]:
+    def right_boxed_answer(
+        prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[str], **_: Any
+    ) -> list[float]:
         pairs = zip(completions, answer, strict=True)
         return [float(verifier.right(known, response_text(text))) for text, known in pairs]
 

@@ -50,7 +50,7 @@ def _courses(entry: Entry) -> str:
 
 
 def _family(entry: Entry) -> str:
-    """``Ann+Bob>Cid,Dan;Dan+Eva>Fay;Ann?Fay=``: couples and their children, and who is what to whom.
+    """``Bob+Ann>Cid,Dan;Dan+Eva>Fay;Ann?Fay=``: couples and their children, and who is what to whom.
 
     The metadata name the two people alone; the family stands in the question only.
     """
@@ -58,7 +58,7 @@ def _family(entry: Entry) -> str:
     couples = []
     for one, other, children in _STORY.findall(story):
         names = sorted(re.split(", | and ", children)) if children else []
-        couples.append("+".join(sorted((one, other))) + (">" + ",".join(names) if names else ""))
+        couples.append(f"{one}+{other}" + (">" + ",".join(names) if names else ""))
     if _STORY.sub("", story).strip():
         raise InvalidInputError("entry.question", f"not the story of a family: {story!r}")
     return ";".join(sorted(couples)) + f";{entry['metadata']['person1']}?{entry['metadata']['person2']}="

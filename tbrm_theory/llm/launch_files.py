@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+from accelerate.commands.config.config_args import load_config_from_file  # type: ignore[import-untyped]
+from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin  # type: ignore[import-untyped]
 
 from tbrm_theory.errors import InvalidInputError
 
@@ -59,7 +59,10 @@ def _fsdp(path: str, options: dict[str, Any]) -> FullyShardedDataParallelPlugin:
         made["transformer_cls_names_to_wrap"] = wrapped.split(",")
     if isinstance(made.get("auto_wrap_policy"), str):
         made["auto_wrap_policy"] = made["auto_wrap_policy"].lower()
+    version = named.get("version", 1)
+    if version not in (1, 2):
+        raise InvalidInputError(path, f"fsdp_version: expected 1 or 2, found {version}")
     try:
-        return FullyShardedDataParallelPlugin(fsdp_version=named.get("version", 1), **made)
+        return FullyShardedDataParallelPlugin(fsdp_version=version, **made)
     except (TypeError, ValueError) as error:
         raise InvalidInputError(path, f"accelerate refuses fsdp_config: {error}") from error

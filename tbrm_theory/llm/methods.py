@@ -7,6 +7,7 @@ trainer, which calls :mod:`tbrm_theory.losses`.
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +36,8 @@ METHODS: dict[str, Method] = {
     "reval": Method(_TRAINER, _CONFIG, {"loss": "reval"}),
     "brm": Method(_TRAINER, _CONFIG, {"loss": "brm"}),
     "ppo": Method("tbrm_theory.llm.critic:PPOTrainer", _CONFIG, {"loss": "ppo"}, critic=True),
-    "grpo": Method("trl:GRPOTrainer", "trl:GRPOConfig"),
+    # As published: TRL 1.16 by default averages over the tokens of the batch, as DAPO does, and multiplies the KL term by the ratio.
+    "grpo": Method("trl:GRPOTrainer", "trl:GRPOConfig", {"loss_type": "grpo", "use_bias_correction_kl": False}),
     "rloo": Method("trl:RLOOTrainer", "trl:RLOOConfig"),
     "a2po": Method("trl.experimental.a2po:A2POTrainer", "trl.experimental.a2po:A2POConfig"),
     "sft": Method("trl:SFTTrainer", "trl:SFTConfig", reference=False, rollouts=False),
@@ -60,5 +62,7 @@ def _method(name: str) -> Method:
 
 def _found(path: str) -> type[Any]:
     module, _, name = path.partition(":")
-    found: type[Any] = getattr(importlib.import_module(module), name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="You are importing from 'trl.experimental'")
+        found: type[Any] = getattr(importlib.import_module(module), name)
     return found

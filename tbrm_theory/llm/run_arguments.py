@@ -7,14 +7,14 @@ and stand in the same YAML file beside these.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
 from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.llm.compact_prompts import COMPACT
 
-__all__ = ["MATH", "MethodName", "RunArguments"]
+__all__ = ["MATH", "MethodName", "RunArguments", "check_values"]
 
 MethodName = Literal["tbrm", "reval", "brm", "grpo", "rloo", "a2po", "ppo", "sft"]
 MATH = "math"
@@ -132,6 +132,15 @@ class RunArguments:
         """``difficulty`` as a mapping."""
         assert not isinstance(self.difficulty, str)
         return dict(self.difficulty or {})
+
+
+def check_values(values: dict[str, Any]) -> None:
+    """What a YAML file gives for a field with few values or for a mapping; the parser checks what a command line gives."""
+    for name, hint in get_type_hints(RunArguments).items():
+        if get_origin(hint) is Literal and name in values and values[name] not in get_args(hint):
+            raise InvalidInputError(name, f"expected one of {', '.join(get_args(hint))}; found {values[name]!r}")
+    for name in ("difficulty", "architecture"):
+        _mapping(name, values.get(name))
 
 
 def _mapping(name: str, value: Any) -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ reference ``P·w``, PPO's critic as much as the policy with its gradients and mo
 holds its share of all of that, and gathers one layer at a time; ZeRO-2 shards gradients and moments alone.
 
 Activations are counted for a decoder with gated feed-forward layers, whose attention matrix is not stored: for each token and
-layer what :func:`layer_elements` says; with activation checkpointing the input of every layer, and one layer in full. The logits
+layer what :func:`layer_bytes` says; with activation checkpointing the input of every layer, and one layer in full. The logits
 of the completion stand beside them with their gradient, in fp32. What fragments, buffers and the libraries take is not counted.
 
 Operations: 2 for each parameter and token in a forward pass, 4 in a backward pass ([Kaplan et al. 2020], §2.1); attention over
@@ -14,21 +14,26 @@ the sequence is left out.
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, Literal
 
 from transformers import PreTrainedConfig
 
 from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.llm.launch_files import Launch
 from tbrm_theory.llm.methods import METHODS
+from tbrm_theory.llm.run_arguments import RunArguments
 from tbrm_theory.llm.run_files import Run
 from tbrm_theory.llm.run_parts import build_model, model_configuration, parameter_count
 
-__all__ = ["Memory", "Work", "layer_elements", "memory_estimate", "work_estimate"]
+__all__ = ["Memory", "Work", "layer_bytes", "memory_estimate", "work_estimate"]
 
 _GIB = 2**30
+Precision = Literal["float32", "mixed", "bfloat16"]
+_WIDTH_BYTES: dict[Precision, int] = {"float32": 24, "mixed": 26, "bfloat16": 16}
 
 
 @dataclass(frozen=True)
@@ -74,23 +79,37 @@ class Work:
     models_held: int
 
 
-def layer_elements(configuration: PreTrainedConfig) -> int:
-    """Numbers that one layer keeps for the backward pass, for each token.
+def layer_bytes(configuration: PreTrainedConfig, precision: Precision) -> int:
+    """What one layer keeps for the backward pass, for each token.
 
-    Two norms (the input, in fp32 and the normalised one: 5 widths with the residual), queries, keys and values before and after the
-    rotation, the attention's result and its projection's input, and three to four times the inner width of the gated layer.
+    In full precision six times the width (input of each norm, normalised, input of what follows it), queries and attention result,
+    keys and values, four times the inner width (gate before and after its nonlinearity, up, their product), and one number for
+    each head and norm. In mixed precision the norms stay in fp32 and their results are kept in both.
     """
     width, heads = configuration.hidden_size, configuration.num_attention_heads
     head = getattr(configuration, "head_dim", None) or width // heads
-    queries, keys = heads * head, configuration.num_key_value_heads * head
-    return 10 * width + 4 * queries + 6 * keys + 5 * configuration.intermediate_size
+    queries, pairs = heads * head, configuration.num_key_value_heads * head
+    each = 4 if precision == "float32" else 2
+    multiplied = 2 * queries + 2 * pairs + 4 * configuration.intermediate_size
+    return _WIDTH_BYTES[precision] * width + each * multiplied + 4 * (heads + 2)
+
+
+def _parameters(arguments: RunArguments) -> int:
+    return _parameters_of(json.dumps(arguments.sizes), arguments.alphabet, arguments.model)
+
+
+@lru_cache(maxsize=64)
+def _parameters_of(sizes: str, alphabet: str | None, model: str | None) -> int:
+    """The same for every method and seed of a file."""
+    arguments = RunArguments(architecture=json.loads(sizes), alphabet=alphabet, model=model)
+    return parameter_count(build_model(arguments, device="meta"))
 
 
 def memory_estimate(run: Run, launch: Launch | None = None) -> Memory:
     """Bytes on each device, from the architecture on the meta device and the run's arguments."""
     arguments, training, method = run.arguments, run.training, METHODS[run.arguments.method]
     configuration = model_configuration(arguments)
-    parameters = parameter_count(build_model(arguments, device="meta"))
+    parameters = _parameters(arguments)
     vllm = _vllm(run)
     wide = 4 if arguments.dtype == "float32" else 2
     narrow = 2 if training.bf16 or wide == 2 else 4
@@ -100,11 +119,9 @@ def memory_estimate(run: Run, launch: Launch | None = None) -> Memory:
     prompt, completion = arguments.prompt_tokens, _completion(run)
     rows = training.per_device_train_batch_size
     layers, width, vocabulary = configuration.num_hidden_layers, configuration.hidden_size, configuration.vocab_size
-    tokens, per_layer = rows * (prompt + completion), layer_elements(configuration)
-    if training.activation_checkpointing:
-        activations = tokens * narrow * (layers * width + per_layer)
-    else:
-        activations = tokens * narrow * layers * per_layer
+    tokens = rows * (prompt + completion)
+    one_layer = layer_bytes(configuration, "bfloat16" if wide == 2 else "mixed" if training.bf16 else "float32")
+    stored = narrow * layers * width + one_layer if training.activation_checkpointing else layers * one_layer
     layer = (parameters - vocabulary * width * (1 if configuration.tie_word_embeddings else 2)) // layers
     return Memory(
         weights=kept,
@@ -113,7 +130,7 @@ def memory_estimate(run: Run, launch: Launch | None = None) -> Memory:
         reference=kept if method.reference else 0,
         critic=kept + 3 * trained if method.critic else 0,
         gathered=max(layer, vocabulary * width) * narrow if stage == 3 else 0,
-        activations=activations * (2 if method.critic else 1),
+        activations=tokens * stored * (2 if method.critic else 1),
         logits=0 if getattr(training, "fused_lm_head", False) else rows * completion * vocabulary * (narrow + 4 + 4),
         generation=_generation_bytes(run, configuration, narrow),
         generation_stays=vllm is not None and not vllm.vllm_enable_sleep_mode,
@@ -147,7 +164,7 @@ def work_estimate(run: Run) -> Work:
     arguments, training, method = run.arguments, run.training, METHODS[run.arguments.method]
     if training.max_steps <= 0:
         raise InvalidInputError("max_steps", "expected a positive number of updates")
-    parameters = parameter_count(build_model(arguments, device="meta"))
+    parameters = _parameters(arguments)
     group = getattr(training, "num_generations", 1) if method.rollouts else 1
     rollouts = arguments.prompts_per_step * group
     batches = math.ceil(training.max_steps / getattr(training, "num_iterations", 1))

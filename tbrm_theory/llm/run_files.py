@@ -21,11 +21,11 @@ from typing import Any, NamedTuple, NoReturn, get_type_hints
 
 import yaml
 from transformers import TrainingArguments
-from trl import TrlParser
+from trl.scripts.utils import TrlParser
 
 from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.llm.methods import METHODS, configuration_class
-from tbrm_theory.llm.run_arguments import RunArguments
+from tbrm_theory.llm.run_arguments import RunArguments, check_values
 
 __all__ = ["Run", "read_file", "read_runs", "read_settings", "split_command_line"]
 
@@ -54,20 +54,26 @@ def read_runs(arguments: Sequence[str]) -> list[Run]:
     """All runs that a command line asks for, in the order of the file."""
     line = split_command_line(arguments)
     shared = read_file(line.config)
-    methods, seeds = _methods(shared, line.only), _seeds(shared)
+    methods, seeds = _methods(shared), _seeds(shared)
     known = {name: _fields(own.get("method", shared.get("method", "tbrm"))) for name, own in methods.items()}
     for key in shared:
         if not any(key in fields for fields in known.values()):
             raise InvalidInputError(f"{line.config}: {key}", "no field of a run, nor of a trainer of this file")
+    for name in line.only:
+        if name not in methods:
+            raise InvalidInputError("--only", f"expected some of {', '.join(methods)}; found {name}")
     runs = []
     for name, own in methods.items():
+        if line.only and name not in line.only:
+            continue
         if unknown := sorted(set(own) - known[name]):
             raise InvalidInputError(
                 f"{line.config}: methods.{name}.{unknown[0]}", "no field of a run, nor of its trainer"
             )
         for seed in seeds:
-            merged = {"name": name} | copy.deepcopy(shared) | copy.deepcopy(own)
-            merged |= {} if seed is None else {"seed": seed}
+            merged: Fields = {"name": name, **copy.deepcopy(shared), **copy.deepcopy(own)}
+            if seed is not None:
+                merged["seed"] = seed
             _override(merged, line.dotted)
             left_out = tuple(sorted(set(merged) - known[name]))
             given = {key: value for key, value in merged.items() if key not in left_out}
@@ -120,14 +126,10 @@ def _checked_mapping(where: str, value: Any) -> Fields:
     return value
 
 
-def _methods(shared: Fields, only: list[str]) -> dict[str, Fields]:
+def _methods(shared: Fields) -> dict[str, Fields]:
     """The runs of a file by name; a file without ``methods`` is one run, named after its method."""
     named = _checked_mapping("methods", shared.pop("methods", {shared.get("method", "tbrm"): {}}))
-    methods = {name: _checked_mapping(f"methods.{name}", own or {}) for name, own in named.items()}
-    for name in only:
-        if name not in methods:
-            raise InvalidInputError("--only", f"expected some of {', '.join(methods)}; found {name}")
-    return {name: own for name, own in methods.items() if not only or name in only}
+    return {name: _checked_mapping(f"methods.{name}", own or {}) for name, own in named.items()}
 
 
 def _seeds(shared: Fields) -> list[int | None]:
@@ -179,7 +181,7 @@ def read_settings(arguments: Sequence[str], settings: type[Any]) -> Any:
 # -- one run -------------------------------------------------------------------------------------------------
 
 
-class _Parser(TrlParser):  # type: ignore[misc]  # TRL's is untyped
+class _Parser(TrlParser):
     """TRL's parser, with errors of this project; abbreviations of a field are not accepted."""
 
     def error(self, message: str) -> NoReturn:
@@ -197,6 +199,7 @@ def _run(name: str, line: CommandLine, given: Fields, left_out: tuple[str, ...])
     values: Fields = {"report_to": "none", "output_dir": _folder(given, line.config, name)}
     values |= METHODS[method].settings
     values |= given
+    check_values(values)
     # Text is converted and checked by the type of its field; YAML takes 1e-6 for text, and 1 for no float.
     parser.set_defaults_with_config(**{key: _text(value) for key, value in values.items()})
     arguments, training = parser.parse_args_into_dataclasses(

@@ -7,6 +7,8 @@ Code that comes with a model is never run (``trust_remote_code`` stays off).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import (
     AutoConfig,
@@ -60,7 +62,8 @@ def build_model(arguments: RunArguments, *, seed: int = 0, device: str = "cpu") 
     """
     dtype = getattr(torch, arguments.dtype)
     if arguments.model and device != "meta":
-        return AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype, trust_remote_code=False).to(device)
+        stored: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype, trust_remote_code=False)
+        return stored.to(device)
     configuration = model_configuration(arguments)
     state = torch.Generator().manual_seed(seed).get_state()
     with torch.random.fork_rng(devices=[]), torch.device(device):

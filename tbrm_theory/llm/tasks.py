@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from datasets import Dataset
@@ -173,7 +173,7 @@ def reasoning_gym_reward(task: str, style: PromptStyle = "compact") -> Reward:
     """The reward of a task in TRL's convention; it reads the column ``entry``."""
     _form(task)
 
-    def right_answer(prompts: list[Any], completions: list[Any], entry: list[str], **_: Any) -> list[float]:
+    def right_answer(prompts: Sequence[Any], completions: Sequence[Any], entry: Sequence[str], **_: Any) -> list[float]:
         pairs = zip(completions, entry, strict=True)
         return [float(is_right(task, response_text(text), json.loads(kept), style=style)) for text, kept in pairs]
 

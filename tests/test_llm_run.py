@@ -1,0 +1,525 @@
+"""The LLM runs' entry point: every file's dry run works offline, the paper's numbers stand in them, what does not fit is refused."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import Trainer, TrainingArguments
+
+from tbrm_theory.errors import InvalidInputError
+from tbrm_theory.llm.launch_files import Launch, read_launch_file
+from tbrm_theory.llm.methods import METHODS, configuration_class, trainer_class
+from tbrm_theory.llm.run_arguments import RunArguments
+from tbrm_theory.llm.run_estimates import layer_bytes, memory_estimate, work_estimate
+from tbrm_theory.llm.run_files import Run, read_runs, read_settings
+from tbrm_theory.llm.run_parts import build_dataset, build_model, build_tokenizer, model_configuration, parameter_count
+from tbrm_theory.losses import LOSSES
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "experiments"))
+
+import llm_run  # noqa: E402
+
+CONFIGS = ROOT / "experiments" / "configs"
+FILES = [path for path in sorted(CONFIGS.glob("*.yaml")) if yaml.safe_load(path.read_text()).get("run") != "exact"]
+ARCHITECTURE: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+}
+SMALL: dict[str, Any] = {
+    "task": "gcd",
+    "architecture": ARCHITECTURE,
+    "prompt_tokens": 16,
+    "max_completion_length": 4,
+    "prompts_per_step": 8,
+    "per_device_train_batch_size": 8,
+    "max_steps": 3,
+    "bf16": False,
+    "activation_checkpointing": False,
+    "train_problems": 4,
+    "held_out_problems": 2,
+}
+
+
+@pytest.fixture(autouse=True)
+def _in_the_root_and_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands are given in the root of the repository, and whatever reaches for the network fails."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("reached for the network")
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def written(folder: Path, **changes: Any) -> str:
+    """A small file with changes; ``None`` takes a key out."""
+    made = {key: value for key, value in (SMALL | changes).items() if value is not None}
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump(made), encoding="utf-8")
+    return str(path)
+
+
+def runs_of(folder: Path, *words: str, **changes: Any) -> list[Run]:
+    return read_runs(["--config", written(folder, **changes), "--dry-run", *words])
+
+
+def setting(run: Run, name: str) -> Any:
+    return getattr(run.training, name)
+
+
+# -- the files -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_file_has_a_dry_run_offline(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert llm_run.main(["--config", str(path), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    for name in yaml.safe_load(path.read_text())["methods"]:
+        assert printed.count(f"{name} ") >= 2  # once in the memory table, once in that of the work
+    assert "too much" not in printed
+
+
+def test_there_is_a_file_for_every_run_that_was_planned() -> None:
+    assert {path.stem for path in FILES} >= {
+        "arithmetic_cpu",
+        "reasoning_gym_gpu",
+        "qwen2.5-math-1.5b",
+        "qwen2.5-math-7b",
+    }
+    for path in FILES:
+        methods = {own["method"] for own in yaml.safe_load(path.read_text())["methods"].values()}
+        assert {"tbrm", "grpo", "ppo"} <= methods  # the twins
+
+
+SIZES = {  # hidden, inner, layers, heads, key-value heads, vocabulary, tied; and the count that the model card prints
+    "qwen2.5-math-1.5b": ((1536, 8960, 28, 12, 2, 151936, True), 1.54e9),
+    "qwen2.5-math-7b": ((3584, 18944, 28, 28, 4, 152064, False), 7.62e9),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_architectures_have_the_published_number_of_parameters(name: str) -> None:
+    arguments = read_runs(["--config", str(CONFIGS / f"{name}.yaml"), "--dry-run", "--only", "tbrm-n1"])[0].arguments
+    (hidden, inner, layers, heads, pairs, vocabulary, tied), printed = SIZES[name]
+    narrow = hidden // heads * pairs
+    attention = 2 * hidden * hidden + 2 * hidden * narrow + hidden + 2 * narrow  # queries, keys and values have a bias
+    count = layers * (attention + 3 * hidden * inner + 2 * hidden) + hidden + vocabulary * hidden * (1 if tied else 2)
+    model = build_model(arguments, device="meta")
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert parameter_count(model) == count
+    assert abs(count - printed) < 0.005e9
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_paper_s_settings_stand_in_the_files(name: str) -> None:
+    """theory.md §6."""
+    runs = {run.name: run for run in read_runs(["--config", str(CONFIGS / f"{name}.yaml"), "--dry-run"])}
+    rate = {"qwen2.5-math-1.5b": 2.5e-6, "qwen2.5-math-7b": 2e-6}[name]
+    one, four, grpo, ppo, reval = (runs[key] for key in ("tbrm-n1", "tbrm-n4", "grpo-n4", "ppo-n1", "reval-n8"))
+    for run, group in ((one, 1), (four, 4), (grpo, 4), (ppo, 1), (reval, 8)):
+        assert (run.arguments.model or "").lower() == f"qwen/{name}"
+        assert run.arguments.data == "BytedTsinghua-SIA/DAPO-Math-17k"
+        assert (run.arguments.processes, run.arguments.prompts_per_step) == (4, 128)
+        rows = setting(run, "per_device_train_batch_size") * setting(run, "gradient_accumulation_steps") * 4
+        assert rows == 128 * group
+        assert setting(run, "num_generations") == group
+        assert (setting(run, "max_completion_length"), setting(run, "temperature")) == (2048, 1.0)
+        assert setting(run, "max_steps") == 760
+        assert setting(run, "bf16")
+        assert setting(run, "use_vllm")
+    for run in (one, four, reval):
+        assert setting(run, "beta") == 0.002
+    assert (setting(one, "learning_rate"), setting(four, "learning_rate")) == (rate, 2.5e-6)
+    assert setting(one, "num_iterations") == 1
+    assert (setting(grpo, "loss_type"), setting(grpo, "scale_rewards")) == ("grpo", "group")  # not TRL's default, DAPO
+    assert not setting(grpo, "use_bias_correction_kl")
+    for run in (grpo, ppo):
+        assert (setting(run, "learning_rate"), setting(run, "beta"), setting(run, "epsilon")) == (1e-6, 0.001, 0.2)
+    assert (ppo.arguments.critic_learning_rate, ppo.arguments.entropy_bonus) == (1e-5, 0.001)
+    assert (setting(reval, "replay_capacity"), setting(reval, "num_iterations")) == (5120, 2)
+    assert setting(reval, "reference_reset_steps") == 200
+    assert setting(reval, "group_mean_reward")
+
+
+def test_the_paper_s_settings_of_reasoning_gym() -> None:
+    run, *_ = read_runs(["--config", str(CONFIGS / "reasoning_gym_gpu.yaml"), "--dry-run", "--only", "tbrm-n4"])
+    assert (run.arguments.train_problems, run.arguments.held_out_problems) == (2000, 100)
+    assert (run.arguments.prompts_per_step, setting(run, "num_generations"), setting(run, "max_steps")) == (
+        1024,
+        4,
+        100,
+    )
+    assert 30e6 < parameter_count(build_model(run.arguments, device="meta")) < 100e6
+
+
+def test_the_vllm_server_is_one_override_away() -> None:
+    words = ["--config", str(CONFIGS / "qwen2.5-math-1.5b.yaml"), "--dry-run", "--only", "tbrm-n1"]
+    (beside,), (server,) = read_runs(words), read_runs([*words, "--vllm_mode", "server"])
+    launch = Launch(processes=4, stage=3, mixed_precision="bf16")
+    assert (setting(beside, "vllm_mode"), setting(server, "vllm_mode")) == ("colocate", "server")
+    assert memory_estimate(beside, launch).generation == int(0.3 * 80 * 2**30)
+    assert memory_estimate(server, launch).generation == 0
+    awake = memory_estimate(read_runs([*words, "--vllm_enable_sleep_mode", "false"])[0], launch)
+    asleep = memory_estimate(beside, launch)
+    assert awake.peak - asleep.peak == min(asleep.generation, asleep.activations + asleep.logits)
+
+
+# -- methods -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_a_trainer_and_its_configuration(method: str, tmp_path: Path) -> None:
+    changes = {"num_generations": None if method in ("a2po", "sft") else 2}
+    changes |= {"max_completion_length": None} if method == "sft" else {}
+    (run,) = runs_of(tmp_path, method=method, **changes)
+    assert issubclass(trainer_class(method), Trainer)
+    assert type(run.training) is configuration_class(method)
+    assert issubclass(type(run.training), TrainingArguments)
+    assert setting(run, "report_to") == []
+    assert not getattr(run.training, "trust_remote_code", False)
+    assert setting(run, "output_dir").endswith(f"results/llm_run/small/{method}")
+    if (loss := METHODS[method].settings.get("loss")) is not None:
+        assert setting(run, "loss") == loss
+        assert ("critic" in LOSSES[loss].fields) == METHODS[method].critic
+        assert trainer_class(method).__module__.startswith("tbrm_theory.")
+    else:
+        assert trainer_class(method).__module__.startswith("trl.")
+    assert work_estimate(run).models_held == {"ppo": 3, "sft": 1}.get(method, 2)
+
+
+# -- command lines -------------------------------------------------------------------------------------------
+
+METHODS_OF_TWO = {"a": {"method": "tbrm", "beta": 0.5}, "b": {"method": "grpo", "num_generations": 2}}
+
+
+def test_files_methods_seeds_and_the_command_line_override_each_other_in_turn(tmp_path: Path) -> None:
+    runs = runs_of(tmp_path, methods=METHODS_OF_TWO, seeds=[3, 4], beta=0.1, learning_rate="1e-6")
+    assert [run.name for run in runs] == ["a/seed-3", "a/seed-4", "b/seed-3", "b/seed-4"]
+    assert [setting(run, "seed") for run in runs] == [3, 4, 3, 4]
+    assert [setting(run, "beta") for run in runs] == [0.5, 0.5, 0.1, 0.1]
+    assert all(setting(run, "learning_rate") == 1e-6 for run in runs)
+    assert [run.arguments.name for run in runs] == ["a", "a", "b", "b"]
+    assert len({setting(run, "output_dir") for run in runs}) == 4
+    words = ["--only", "b", "--beta=0.7", "--architecture.hidden_size", "8", "--difficulty.max_value=50"]
+    runs = runs_of(tmp_path, *words, methods=METHODS_OF_TWO)
+    assert [(run.name, setting(run, "beta"), run.arguments.sizes["hidden_size"]) for run in runs] == [("b", 0.7, 8)]
+    assert runs[0].arguments.options == {"max_value": 50}
+    assert runs[0].arguments.sizes["num_hidden_layers"] == 2  # the rest of the mapping stays
+
+
+def test_a_setting_that_one_method_lacks_is_left_out_there_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    methods = {"a": {"method": "tbrm"}, "z": {"method": "a2po", "num_value_samples": 4}}
+    runs = runs_of(tmp_path, methods=methods, beta=0.3)
+    assert [run.left_out for run in runs] == [(), ("beta",)]
+    words = ["--config", written(tmp_path, methods=methods, beta=0.3), "--dry-run"]
+    assert [run.left_out for run in read_runs([*words, "--only", "z"])] == [("beta",)]
+    assert llm_run.main(words) == 0
+    assert "z: A2POConfig has no beta" in capsys.readouterr().out
+
+
+def test_the_batch_is_the_same_on_any_number_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for processes in (1, 2, 4):
+        (run,) = runs_of(tmp_path, prompts_per_step=32, per_device_train_batch_size=4, processes=processes)
+        assert setting(run, "gradient_accumulation_steps") * 4 * processes == 32
+    (run,) = runs_of(tmp_path, "--num_generations", "4", per_device_train_batch_size=4)
+    assert setting(run, "gradient_accumulation_steps") == 8 * 4 / 4
+
+
+REFUSED: list[tuple[dict[str, Any], list[str], str]] = [
+    ({"learning_rat": 1.0}, [], r"small\.yaml: learning_rat: no field"),
+    ({"methods": {"a": {"method": "a2po", "beta": 1.0}}}, [], r"methods\.a\.beta: no field of a run"),
+    ({"methods": {"a": {"method": "dqn"}}}, [], r"^method: expected one of tbrm, "),
+    ({"methods": [1]}, [], r"^methods: expected a mapping"),
+    ({"seeds": ["one"]}, [], r"^seeds: expected integers"),
+    ({"seeds": []}, [], r"^seeds: expected integers"),
+    ({}, ["--only", "x"], r"^--only: expected some of tbrm; found x"),
+    ({}, ["--only"], r"^--only: expected a value"),
+    ({}, ["--architecture.hidden_size"], r"^--architecture\.hidden_size: expected a value"),
+    ({}, ["--task.inner", "1"], r"^--task\.inner: task is not a mapping"),
+    ({}, ["--learning_rat", "1"], r"^arguments: --learning_rat is no field"),
+    ({}, ["--learning_ra", "1"], r"^arguments: "),  # no abbreviations
+    ({}, ["--beta", "much"], r"^arguments: argument --beta: invalid float value"),
+    ({}, ["--method", "grpo"], r"^--method: use --only"),
+    ({"beta": 0.0}, [], r"^beta: expected a positive temperature"),
+    ({"style": "prose"}, [], r"^style: expected one of compact, full, chat; found 'prose'"),
+    ({}, ["--style", "prose"], r"^arguments: argument --style: invalid choice"),
+    ({"prompts_per_step": 9}, [], r"^prompts_per_step: 9 problems × 1 rollouts do not divide"),
+    ({"gradient_accumulation_steps": 2}, [], r"^gradient_accumulation_steps: follows from"),
+    ({"task": "sudoku"}, [], r"^task: expected math or one of"),
+    ({"task": "math"}, [], r"^task: math needs `data`"),
+    ({"data": "x.jsonl"}, [], r"^data: belongs to the task math"),
+    ({"architecture": None}, [], r"^model: expected `model`, `architecture`"),
+    ({"architecture": "{"}, [], r"^architecture: not YAML"),
+    ({"architecture": [1]}, [], r"^architecture: expected a mapping"),
+    ({"held_out_problems": 0}, [], r"^held_out_problems: expected at least 1"),
+    ({"gae_lambda": 2.0}, [], r"^gae_lambda: expected a number from 0 to 1"),
+]
+
+
+@pytest.mark.parametrize(("changes", "words", "message"), REFUSED)
+def test_what_does_not_fit_is_named(changes: dict[str, Any], words: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match=message):
+        runs_of(tmp_path, *words, **changes)
+
+
+REFUSED_BY_THE_DRY_RUN: list[tuple[dict[str, Any], str]] = [
+    ({"architecture": ARCHITECTURE | {"model_type": "gpt9"}}, "^architecture: "),
+    ({"architecture": {"hidden_size": 8}}, r"^architecture\.model_type: expected a name"),
+    ({"architecture": ARCHITECTURE | {"hiden_size": 8}}, r"^architecture\.hiden_size: llama has no such size"),
+    ({"max_completion_length": 17}, r"^max_completion_length: 33 tokens with the prompt; the model has 32"),
+    ({"prompt_tokens": 8}, r"^prompt_tokens: a prompt has 1\d characters, more than 8"),
+    ({"alphabet": "0123456789gcd=,"}, "is not in the alphabet"),
+    ({"difficulty": {"maximum": 1}}, "^difficulty: gcd refuses"),
+    ({"report_to": "wandb"}, "^report_to: nothing is reported"),
+    ({"trust_remote_code": True}, "^report_to: .* no code of a model is run"),
+    ({"max_steps": -1}, "^max_steps: expected a positive number"),
+    ({"launch": ["experiments/configs/launch/fsdp_4gpu.yaml"]}, "^launch: starts 4 processes, but `processes` is 1"),
+    (
+        {"launch": ["experiments/configs/launch/fsdp_4gpu.yaml"], "processes": 4, "per_device_train_batch_size": 2},
+        "^launch: mixed precision bf16, but bf16 is False",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED_BY_THE_DRY_RUN)
+def test_the_dry_run_names_what_does_not_fit(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match=message):
+        llm_run.main(["--config", written(tmp_path, **changes), "--dry-run"])
+
+
+def test_a_run_that_needs_more_memory_than_there_is_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--config", written(tmp_path, device_gib=1e-6), "--dry-run"]
+    assert llm_run.main(words) == 1
+    assert "too much" in capsys.readouterr().out
+    assert llm_run.main([*words, "--device_gib", "1"]) == 0
+
+
+def test_files_are_read_safely(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    made = tmp_path / "made"
+    for text in (f"task: !!python/object/apply:pathlib.Path.touch [{made}]", "a: [", "- 1", "1: 2"):
+        path.write_text(text)
+        with pytest.raises(InvalidInputError, match=r"bad\.yaml: "):
+            read_runs(["--config", str(path)])
+    assert not made.exists()
+    with pytest.raises(InvalidInputError, match=r"^--config: expected a YAML file"):
+        read_runs(["--dry-run"])
+    with pytest.raises(FileNotFoundError):
+        read_runs(["--config", str(tmp_path / "absent.yaml")])
+
+
+def test_the_program_ends_with_two_and_one_line_for_bad_input() -> None:
+    command = [sys.executable, str(ROOT / "experiments" / "llm_run.py"), "--dry-run"]
+    ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines() == ["llm_run: error: --config: expected a YAML file"]
+    assert ended.stdout == ""
+
+
+def test_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert llm_run.main(["--help"]) == 0
+    assert "--dry-run" in capsys.readouterr().out
+
+
+# -- the experiment with an exact optimum --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ExactConfig:
+    """Settings such as that experiment has."""
+
+    horizon: int = 3
+    rate: float = 0.1
+    rates: tuple[float, ...] = (0.1, 0.2)
+    results: Path = Path("results")
+
+
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch) -> list[ExactConfig]:
+    called: list[ExactConfig] = []
+
+    def main(config: ExactConfig) -> int:
+        called.append(config)
+        return 7
+
+    monkeypatch.setitem(sys.modules, "exact_transformer", SimpleNamespace(Config=ExactConfig, main=main))
+    return called
+
+
+def test_the_files_of_the_exact_experiment_are_settings_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever files there are; ``FILES`` are the others."""
+    for path in set(CONFIGS.glob("*.yaml")) - set(FILES):
+        assert llm_run.main(["--config", str(path), "--dry-run"]) == 0
+        assert "Config(" in capsys.readouterr().out
+
+
+def test_an_exact_run_calls_that_experiment(exact: list[ExactConfig], tmp_path: Path) -> None:
+    path = tmp_path / "exact.yaml"
+    path.write_text("run: exact\nhorizon: 5\nrates: [1.0]\nrate: 1\nresults: here")
+    assert llm_run.main(["--config", str(path), "--horizon", "6"]) == 7
+    assert exact == [ExactConfig(horizon=6, rate=1.0, rates=(1.0,), results=Path("here"))]
+    assert llm_run.main(["--config", str(path), "--dry-run"]) == 0
+    assert len(exact) == 1
+    path.write_text("run: exact\nhorizont: 5")
+    with pytest.raises(InvalidInputError, match=r"exact\.yaml: horizont: expected some of horizon, rate"):
+        read_settings(["--config", str(path)], ExactConfig)
+    with pytest.raises(InvalidInputError, match=r"^arguments: expected --key value"):
+        read_settings(["--config", str(path), "--horizon"], ExactConfig)
+
+
+# -- models --------------------------------------------------------------------------------------------------
+
+
+def test_a_model_is_drawn_from_its_seed_and_read_back_from_a_folder(tmp_path: Path) -> None:
+    (run,) = runs_of(tmp_path)
+    one, again, other = (build_model(run.arguments, seed=seed).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert not torch.equal(one["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
+    model, tokenizer = build_model(run.arguments), build_tokenizer(run.arguments)
+    assert (model.config.vocab_size, model.config.eos_token_id) == (len(tokenizer), tokenizer.eos_token_id)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    stored = RunArguments(model=str(tmp_path / "model"))
+    assert all(torch.equal(one[name], value) for name, value in build_model(stored).state_dict().items())
+    assert build_tokenizer(stored)("12=").input_ids == tokenizer("12=").input_ids
+
+
+def test_problems_come_from_the_arguments(tmp_path: Path) -> None:
+    (run,) = runs_of(tmp_path, difficulty={"max_value": 30})
+    split = build_dataset(run.arguments, seed=5)
+    assert (len(split.train), len(split.held_out)) == (4, 2)
+    path = tmp_path / "problems.jsonl"
+    path.write_text("\n".join(f'{{"prompt": "{i}?", "reward_model": {{"ground_truth": "{i}"}}}}' for i in range(5)))
+    math = RunArguments(task="math", style="full", data=str(path), held_out_problems=2, model="a")
+    split = build_dataset(math)
+    assert (len(split.train), len(split.held_out)) == (3, 2)
+
+
+# -- estimates -----------------------------------------------------------------------------------------------
+
+
+def test_what_lies_in_memory_is_counted_to_the_byte(tmp_path: Path) -> None:
+    (run,) = runs_of(tmp_path)
+    model = build_model(run.arguments)
+    optimiser = torch.optim.AdamW(model.parameters())
+    sum(parameter.sum() for parameter in model.parameters()).backward()  # type: ignore[union-attr]
+    optimiser.step()
+    moments = [state[name] for state in optimiser.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    taken = memory_estimate(run)
+    assert taken.weights == taken.reference == sum(parameter.nbytes for parameter in model.parameters())
+    assert taken.gradients == sum(
+        parameter.grad.nbytes for parameter in model.parameters() if parameter.grad is not None
+    )
+    assert taken.optimiser == sum(moment.nbytes for moment in moments)
+    assert taken.critic == taken.gathered == 0
+
+
+def kept_for_backward(arguments: RunArguments, rows: int, *, mixed: bool) -> int:
+    """Bytes that autograd holds after a forward pass, the weights themselves left out."""
+    model = build_model(arguments)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed),
+    ):
+        model(torch.zeros(rows, 8, dtype=torch.long), use_cache=False).logits.sum()
+    return sum(storage.nbytes() for place, storage in kept.items() if place not in weights)
+
+
+@pytest.mark.parametrize("precision", ["float32", "mixed", "bfloat16"])
+@pytest.mark.parametrize(
+    ("kind", "hidden", "inner", "pairs"), [("llama", 32, 96, 4), ("qwen2", 32, 32, 2), ("llama", 16, 128, 1)]
+)
+def test_a_layer_keeps_what_is_said(kind: str, hidden: int, inner: int, pairs: int, precision: Any) -> None:
+    """Twice differenced, in layers and in rows: embedding, head and what is held once cancel."""
+    kept = {}
+    for layers in (1, 2):
+        sizes: dict[str, Any] = {"model_type": kind, "num_hidden_layers": layers, "num_key_value_heads": pairs}
+        sizes |= {"hidden_size": hidden, "intermediate_size": inner}
+        arguments = RunArguments(
+            architecture=ARCHITECTURE | sizes, dtype="bfloat16" if precision == "bfloat16" else "float32"
+        )
+        for rows in (2, 4):
+            kept[layers, rows] = kept_for_backward(arguments, rows, mixed=precision == "mixed")
+    tokens = 2 * 8
+    measured = (kept[2, 4] - kept[2, 2] - kept[1, 4] + kept[1, 2]) / tokens
+    assert layer_bytes(model_configuration(arguments), precision) == measured
+
+
+def test_sharding_divides_what_it_shards(tmp_path: Path) -> None:
+    (run,) = runs_of(tmp_path, method="ppo")
+    whole, gradients, everything = (memory_estimate(run, Launch(2, stage, "no")) for stage in (0, 2, 3))
+    assert (gradients.weights, gradients.gradients * 2, gradients.optimiser * 2) == (
+        whole.weights,
+        whole.gradients,
+        whole.optimiser,
+    )
+    assert (everything.weights * 2, everything.critic * 2) == (whole.weights, whole.critic)
+    assert everything.gathered > 0 == whole.gathered
+    assert whole.critic == whole.weights + whole.gradients + whole.optimiser
+
+
+def test_work_is_counted_at_most(tmp_path: Path) -> None:
+    (run,) = runs_of(tmp_path, "--num_generations", "2")
+    done = work_estimate(run)
+    tokens = 8 * 2 * (16 + 4)
+    assert (done.problems, done.rollouts, done.generated_tokens, done.updates) == (8, 16, 64, 3)
+    # sampling and the reference read every token once, an update costs three times as much
+    assert done.operations == done.parameters * 3 * tokens * (2 + 2 + 6)
+    (ppo,) = runs_of(tmp_path, method="ppo", num_iterations=3)
+    assert work_estimate(ppo).operations == done.parameters * tokens / 2 * (2 + 2 + 3 * 12)
+
+
+# -- launch files --------------------------------------------------------------------------------------------
+
+
+def test_launch_files_are_read_by_accelerate(tmp_path: Path) -> None:
+    for name in ("fsdp_4gpu", "deepspeed_4gpu"):
+        path = CONFIGS / "launch" / f"{name}.yaml"
+        assert read_launch_file(path) == Launch(processes=4, stage=3, mixed_precision="bf16")
+    bad = tmp_path / "bad.yaml"
+    good = (CONFIGS / "launch" / "fsdp_4gpu.yaml").read_text()
+    for old, new, message in (
+        ("num_machines", "num_machine", "num_machine"),
+        ("fsdp_reshard_after_forward", "fsdp_reshard_afterwards", "accelerate refuses fsdp_config"),
+        ("fsdp_version: 2", "fsdp_version: 7", "fsdp_version: expected 1 or 2"),
+    ):
+        bad.write_text(good.replace(old, new))
+        with pytest.raises(InvalidInputError, match=message):
+            read_launch_file(bad)
+    bad.write_text(good.replace("fsdp_reshard_after_forward: true", "fsdp_reshard_after_forward: false"))
+    assert read_launch_file(bad).stage == 2
+    deep = (CONFIGS / "launch" / "deepspeed_4gpu.yaml").read_text()
+    bad.write_text(deep.replace("zero3.json", "zero4.json"))
+    with pytest.raises(InvalidInputError, match="accelerate refuses deepspeed_config"):
+        read_launch_file(bad)
+    bad.write_text(deep.replace("deepspeed_config_file: experiments/configs/launch/zero3.json", "zero_stage: 2"))
+    assert read_launch_file(bad).stage == 2
+    bad.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_processes: 2\nmixed_precision: 'no'\n"
+    )
+    assert read_launch_file(bad) == Launch(2, 0, "no")
