@@ -36,7 +36,10 @@ class WatchedPPO(PPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
         self.rows.append(inputs)
-        return super()._compute_loss(model, inputs)
+        before = len(self.seen)
+        loss = super()._compute_loss(model, inputs)
+        del self.seen[before + 1 :]  # what diagnostics asked for
+        return loss
 
     def _loss(self, scores: TrajectoryScores) -> Tensor:
         self.seen.append(scores)
@@ -117,7 +120,7 @@ def test_the_critics_gradient_is_that_of_the_loss_over_all_micro_batches(size: i
 def test_the_critic_has_a_learning_rate_of_its_own(tmp_path: Path) -> None:
     run = ppo(tmp_path)
     run.train()
-    rates = {id(p): group["lr"] for group in run.optimizer.param_groups for p in group["params"]}
+    rates = {id(p): group["initial_lr"] for group in run.optimizer.param_groups for p in group["params"]}
     assert {rates[id(p)] for p in run.critic.parameters()} == {0.03}
     assert {rates[id(p)] for p in run.model.parameters()} == {0.01}
 
