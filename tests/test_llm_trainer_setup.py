@@ -251,7 +251,9 @@ def test_a_settings_file_fills_the_config(tmp_path: Path) -> None:
         "loss: reval\nbeta: 0.25\nnum_generations: 1\nreplay_capacity: 64\nnum_iterations: 2\nuse_cpu: true\nbf16: false\n"
         f"output_dir: {tmp_path}\nbehaviour: reference\n"
     )
-    (config,) = TrlParser(cast(Any, TBRMConfig)).parse_args_and_config(["--config", str(path), "--reference_reset_steps", "200"])
+    (config,) = TrlParser(cast(Any, TBRMConfig)).parse_args_and_config(
+        ["--config", str(path), "--reference_reset_steps", "200"]
+    )
     assert isinstance(config, TBRMConfig)
     assert (config.loss, config.beta, config.replay_capacity, config.behaviour) == ("reval", 0.25, 64, "reference")
     assert (config.reference_reset_steps, config.num_generations) == (200, 1)

@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from datasets import disable_progress_bars, enable_progress_bars
 from transformers import AutoModelForCausalLM, PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
@@ -128,11 +129,13 @@ def quiet(run: Run) -> Iterator[None]:
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    disable_progress_bars()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
         transformers_logging.enable_progress_bar()
+        enable_progress_bars()
 
 
 def _tokens(run: Run) -> int:
