@@ -108,8 +108,8 @@ def test_the_critics_gradient_is_that_of_the_loss_over_all_micro_batches(size: i
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         values = critic(ids, mask, inputs["completion_ids"].shape[1], position_ids=positions) / run.beta
         fields = {name: table.detach() for name, table in scores.given().items()} | {"critic": values}
-        options = {"gae_lambda": 0.9, "entropy_coefficient": 0.01}
-        total = total + ppo_loss(TrajectoryScores(**fields), beta=run.beta, **options) / count
+        loss = ppo_loss(TrajectoryScores(**fields), beta=run.beta, gae_lambda=0.9, entropy_coefficient=0.01)
+        total = total + loss / count
     expected = torch.autograd.grad(total, list(critic.parameters()))
     for found, wanted in zip(run.gradients[count - 1], expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
