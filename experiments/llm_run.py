@@ -144,7 +144,7 @@ def main(arguments: Sequence[str]) -> int:
         return run_exact(arguments)
     runs = read_runs(arguments)
     if not runs[0].arguments.dry_run:
-        return train(runs)
+        return train(arguments)
     console = Console(width=None if sys.stdout.isatty() else 200)
     checked = dry_run(runs)
     for table in tables(checked):
@@ -171,9 +171,10 @@ def run_exact(arguments: Sequence[str]) -> int:
     return int(exact.main(settings))
 
 
-def train(runs: Sequence[Run]) -> int:
-    """Train every run; not built yet."""
-    raise InvalidInputError("--dry-run", f"training {len(runs)} runs is not built yet")
+def train(arguments: Sequence[str]) -> int:
+    """Train every run, as ``experiments/llm_training.py`` does."""
+    training = importlib.import_module("experiments.llm_training" if __package__ else "llm_training")
+    return int(training.main(arguments))
 
 
 if __name__ == "__main__":

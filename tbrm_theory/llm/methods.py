@@ -35,7 +35,7 @@ METHODS: dict[str, Method] = {
     "tbrm": Method(_TRAINER, _CONFIG, {"loss": "tbrm"}),
     "reval": Method(_TRAINER, _CONFIG, {"loss": "reval"}),
     "brm": Method(_TRAINER, _CONFIG, {"loss": "brm"}),
-    "ppo": Method(_TRAINER, _CONFIG, {"loss": "ppo"}, critic=True),
+    "ppo": Method("tbrm_theory.llm.critic:PPOTrainer", _CONFIG, {"loss": "ppo"}, critic=True),
     # As published: TRL 1.16 by default averages over the tokens of the batch, as DAPO does, and multiplies the KL term by the ratio.
     "grpo": Method("trl:GRPOTrainer", "trl:GRPOConfig", {"loss_type": "grpo", "use_bias_correction_kl": False}),
     "rloo": Method("trl:RLOOTrainer", "trl:RLOOConfig"),

@@ -27,7 +27,7 @@ from tbrm_theory.llm.language_scores import TokenScores, position_ids, token_sco
 from tbrm_theory.llm.model_copies import base_model, frozen_copy, takes_position_ids, without_dropout
 from tbrm_theory.llm.part_timer import PartTimer
 
-__all__ = ["ReferenceTrainer"]
+__all__ = ["ReferenceTrainer", "StepSeconds"]
 
 
 class ReferenceTrainer(GRPOTrainer):
@@ -76,7 +76,7 @@ class ReferenceTrainer(GRPOTrainer):
         self._reference_version = 0
         self._collected: dict[str, Tensor] = {}
         self.timer = PartTimer()
-        self.add_callback(_StepSeconds(self.timer, self._metrics["train"]))
+        self.add_callback(StepSeconds(self.timer, self._metrics["train"]))
         if args.reference_reset_steps:
             self.add_callback(_ReferenceReset(self, args.reference_reset_steps))
 
@@ -194,7 +194,7 @@ def _check_size(train_dataset: Any, args: TBRMConfig) -> None:
         )
 
 
-class _StepSeconds(TrainerCallback):
+class StepSeconds(TrainerCallback):
     """Logs the seconds of every optimizer step by part."""
 
     def __init__(self, timer: PartTimer, metrics: dict[str, list[float]]) -> None:

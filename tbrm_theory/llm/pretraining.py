@@ -1,0 +1,88 @@
+"""A model to start from where no weights can be had: trained on solved problems until it answers some of them right.
+
+TRL's ``SFTTrainer`` trains it on the responses alone; it stops at the first judgement at which the wanted share of training problems
+is answered right by sampling, and is saved as any model is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PrinterCallback
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
+
+from tbrm_theory.errors import InvalidInputError
+from tbrm_theory.llm.judging import Judge
+from tbrm_theory.llm.run_arguments import MATH, RunArguments
+from tbrm_theory.llm.run_parts import build_dataset, build_model, build_tokenizer, parameter_count
+from tbrm_theory.llm.tasks import Reward
+
+__all__ = ["Pretrained", "pretrain"]
+
+_JUDGED_PROBLEMS = 256
+_JUDGEMENTS = 80
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """What came out."""
+
+    parameters: int
+    steps: int
+    accuracy: float
+
+
+def pretrain(arguments: RunArguments, folder: Path, reward: Reward, *, tokens: int, training: Any) -> Pretrained:
+    """Train the model of ``arguments`` on solved problems and save it, with its tokenizer, in ``folder``.
+
+    Args:
+        tokens: the longest response.
+        training: the settings of the run that follows, of which the device and the precision are taken.
+
+    Raises:
+        InvalidInputError: the task has no solutions, or the wanted accuracy was not reached.
+    """
+    if arguments.task == MATH:
+        raise InvalidInputError("pretraining_steps", "the problems of `data` have answers and no worked solutions")
+    tokenizer, model = build_tokenizer(arguments), build_model(arguments)
+    split = build_dataset(arguments, train_problems=arguments.pretraining_problems)
+    solved = split.train.select_columns(["prompt", "solution"]).rename_column("solution", "completion")
+    settings = SFTConfig(
+        output_dir=str(folder / "checkpoints"),
+        max_steps=arguments.pretraining_steps,
+        per_device_train_batch_size=arguments.pretraining_batch_size,
+        learning_rate=arguments.pretraining_learning_rate,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=min(50, arguments.pretraining_steps),
+        max_length=None,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=training.disable_tqdm,
+        use_cpu=training.use_cpu,
+        bf16=training.bf16,
+        gradient_checkpointing=False,
+        dataset_num_proc=None,
+        seed=0,
+    )
+    trainer = SFTTrainer(model=model, args=settings, train_dataset=solved, processing_class=tokenizer)
+    judged = split.train.select(range(min(_JUDGED_PROBLEMS, len(split.train))))
+    every = max(1, arguments.pretraining_steps // _JUDGEMENTS)
+    judge = Judge(
+        judged, reward, tokenizer, samples=1, tokens=tokens, every=every, stop_at=arguments.pretraining_accuracy
+    )
+    judge.attach(trainer)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    last = judge.judgements[-1]
+    if last.accuracy < arguments.pretraining_accuracy:
+        found = f"expected {arguments.pretraining_accuracy:.0%} of training problems answered right"
+        raise InvalidInputError(
+            "pretraining_steps", f"{found} within {arguments.pretraining_steps} updates, found {last.accuracy:.0%}"
+        )
+    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Pretrained(parameter_count(model), last.step, last.accuracy)

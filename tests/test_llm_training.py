@@ -1,0 +1,220 @@
+"""Runs of an LLM file: judged without being disturbed, measured part by part, resumed, summed up."""
+
+from __future__ import annotations
+
+import json
+import sys
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+
+from tbrm_theory.errors import InvalidInputError
+from tbrm_theory.llm.judging import Judge, responses
+from tbrm_theory.llm.part_timer import PARTS
+from tbrm_theory.llm.run_files import read_runs
+from tests.tiny_language_models import language_model, language_model_test, own_randomness, tokenizer  # noqa: F401
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "experiments"))
+
+import llm_training  # noqa: E402
+
+pytestmark = language_model_test
+
+CONFIG = ROOT / "experiments" / "configs" / "arithmetic_cpu.yaml"
+TINY = [
+    *("--architecture.hidden_size", "16", "--architecture.intermediate_size", "16"),
+    *("--architecture.num_hidden_layers", "1", "--architecture.num_attention_heads", "2"),
+    *("--architecture.num_key_value_heads", "2"),
+    *("--pretraining_steps", "2", "--pretraining_accuracy", "0", "--pretraining_problems", "40"),
+    *("--train_problems", "40", "--held_out_problems", "6", "--evaluation_samples", "2", "--evaluation_steps", "1"),
+    *("--prompts_per_step", "8", "--per_device_train_batch_size", "8", "--max_steps", "2", "--logging_steps", "1"),
+]
+
+
+def command(results: Path, *words: str) -> list[str]:
+    return ["--config", str(CONFIG), *TINY, "--results", str(results), *words]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """One row for each of three methods, of one seed, and of the pre-training before them; made in this process."""
+    folder = tmp_path_factory.mktemp("runs")
+    state = torch.random.get_rng_state()
+    arguments = command(folder)
+    names = ["pretraining", "tbrm-n1/seed-0", "grpo-n4/seed-0", "ppo-n1/seed-0"]
+    rows = {name: {"cell": name} | llm_training.make_row(arguments, name, folder) for name in names}
+    rows["folder"] = {"path": folder}
+    torch.random.set_rng_state(state)
+    return rows
+
+
+def test_every_run_starts_from_the_pre_trained_model(made: dict[str, dict[str, Any]]) -> None:
+    first = {rows["curve"][0][-1] for name, rows in made.items() if "seed" in name}
+    assert len(first) == 1  # the same model, judged with the same draws
+    assert made["pretraining"]["steps"] == 1  # any accuracy is enough here
+    assert (made["folder"]["path"] / "pretraining" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "models", "busy", "idle"),
+    [
+        ("tbrm-n1/seed-0", 2, {"rollout", "reference", "update"}, {"critic", "old_log_probs"}),
+        ("grpo-n4/seed-0", 2, {"rollout", "reference", "update"}, {"critic", "old_log_probs"}),
+        ("ppo-n1/seed-0", 3, {"rollout", "reference", "update", "critic"}, {"old_log_probs"}),
+    ],
+)
+def test_the_cost_of_a_step_is_split_by_what_the_method_does(
+    name: str, models: int, busy: set[str], idle: set[str], made: dict[str, dict[str, Any]]
+) -> None:
+    row = made[name]
+    assert row["models_held"] == models
+    assert set(row["seconds_per_step"]) == set(PARTS)
+    assert {part for part in busy if row["seconds_per_step"][part] > 0} == busy
+    assert {part for part in idle if row["seconds_per_step"][part] > 0} == set()
+    rollouts = 4 if "n4" in name else 1
+    assert [point[:2] for point in row["curve"]] == [[0, 0], [1, 8 * rollouts], [2, 16 * rollouts]]
+    assert len(row["rewards"]) == 6
+    assert all(len(paid) == 2 for paid in row["rewards"])
+    log = made["folder"]["path"] / name / "log.jsonl"
+    steps = [json.loads(line) for line in log.read_text().splitlines()]
+    for step in (step for step in steps if "step_time" in step):
+        assert sum(step[f"seconds/{part}"] for part in PARTS) >= step["step_time"] * 0.5
+    samples = [json.loads(line) for line in (log.parent / "samples.jsonl").read_text().splitlines()]
+    assert [sample["reward"] for sample in samples] == [paid[0] for paid in row["rewards"]]
+
+
+# -- judging -----------------------------------------------------------------------------------------------------------
+
+
+def test_judging_leaves_the_global_generator_alone_and_repeats_itself() -> None:
+    model, words = language_model(), tokenizer()
+    before = torch.random.get_rng_state()
+    options: dict[str, Any] = {"tokens": 4, "temperature": 1.0, "seed": 7, "rows": 3}
+    first = responses(model, words, ["a", "bcd", "ea", "g"], **options)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert first == responses(model, words, ["a", "bcd", "ea", "g"], **options)
+    assert first != responses(model, words, ["a", "bcd", "ea", "g"], **options | {"seed": 8})
+
+
+def test_average_at_k_pays_each_response_to_its_own_problem() -> None:
+    problems = Dataset.from_dict({"prompt": ["a", "b"], "worth": [1.0, 0.0]})
+
+    def reward(prompts: list[str], completions: list[str], worth: list[float]) -> list[float]:
+        assert prompts == ["a", "a", "a", "b", "b", "b"]
+        return list(worth)
+
+    judge = Judge(problems, reward, tokenizer(), samples=3, tokens=2, every=1)
+    found = judge.judge(language_model(), 5)
+    assert found.rewards == [[1.0] * 3, [0.0] * 3]
+    assert found.accuracy == 0.5
+    assert [(sample["prompt"], sample["reward"], sample["step"]) for sample in found.samples] == [
+        ("a", 1.0, 5),
+        ("b", 0.0, 5),
+    ]
+
+
+def test_a_model_that_does_not_learn_enough_is_refused(tmp_path: Path) -> None:
+    arguments = command(tmp_path, "--pretraining_accuracy", "0.9")
+    with pytest.raises(InvalidInputError, match="pretraining_steps: expected 90%"):
+        llm_training.make_row(arguments, "pretraining", tmp_path)
+    assert not (tmp_path / "pretraining" / "config.json").exists()
+
+
+# -- the runs of a file ------------------------------------------------------------------------------------------------
+
+
+def row(name: str, seed: int, *, last: float = 0.75, seconds: float = 1.0, peak: int = 100) -> dict[str, Any]:
+    n = 4 if name.endswith("n4") else 1
+    return {
+        "cell": f"{name}/seed-{seed}",
+        "name": name,
+        "curve": [[0, 0, 0.5], [10, 320 * n, last]],
+        "rewards": [[1.0, 1.0], [1.0, 0.0]] if last == 0.75 else [[0.0, 0.0], [1.0, 0.0]],
+        "seconds_per_step": {"rollout": seconds / 4, "update": 3 * seconds / 4},
+        "peak_bytes": peak,
+        "models_held": 2,
+        "parameters": 7,
+    }
+
+
+def test_the_summary_sets_ratios_beside_the_papers() -> None:
+    rows = [
+        {"cell": "pretraining", "steps": 25},
+        row("tbrm-n1", 0),
+        row("tbrm-n1", 1, last=0.25, seconds=3.0, peak=120),
+        row("ppo-n1", 0, seconds=4.0, peak=240),
+        row("grpo-n4", 0, seconds=8.0),
+    ]
+    summary = llm_training.summarise(rows, 1.0)
+    assert summary["ratios"] == pytest.approx({"step/ppo-n1": 0.5, "step/grpo-n4": 0.25, "memory/ppo-n1": 0.5})
+    assert summary["paper"] == {"step/ppo-n1": 0.77, "step/grpo-n4": 0.32, "memory/ppo-n1": 0.67}
+    assert summary["accuracy"]["tbrm-n1"]["mean"] == pytest.approx(0.5)  # problems: (1 + 0)/2 and (½ + ½)/2
+    assert summary["accuracy_by_seed"]["tbrm-n1"] == [0.75, 0.25]
+    assert summary["rollouts_per_step"] == {"tbrm-n1": 32, "ppo-n1": 32, "grpo-n4": 128}
+    assert summary["unexpected"] == ["tbrm-n1/seed-1: worse than at the start"]
+    assert summary["pretraining_steps"] == 25
+    for key in summary:
+        assert f"`{key}`" in (llm_training.__doc__ or ""), key
+    assert len(llm_training.tables(summary)) == 3
+
+
+def test_without_a_method_its_ratios_are_absent() -> None:
+    assert llm_training.summarise([row("tbrm-n1", 0), row("grpo-n4", 0, seconds=2.0)], 0.0)["ratios"] == {
+        "step/grpo-n4": 0.5
+    }
+
+
+def test_a_file_is_done_in_as_many_commands_as_one_likes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def instead(arguments: list[str], name: str, folder: Path) -> dict[str, Any]:
+        asked.append(name)
+        if name == "grpo-n4/seed-1" and asked.count(name) == 1:
+            raise KeyboardInterrupt
+        return {"steps": 3} if name == "pretraining" else row(*_parts(name))
+
+    monkeypatch.setattr(llm_training, "_in_a_process", instead)
+    assert llm_training.main(command(tmp_path, "--only", "tbrm-n1")) == 0
+    assert asked == ["pretraining", "tbrm-n1/seed-0", "tbrm-n1/seed-1", "tbrm-n1/seed-2"]
+    latest = tmp_path / "llm_run" / "latest"
+    assert not (latest / "summary.json").exists()
+    assert llm_training.main(command(tmp_path)) == 130
+    assert llm_training.main(command(tmp_path)) == 0
+    whole = [run.name for run in read_runs(command(tmp_path))]
+    assert sorted(asked) == sorted([*whole, "pretraining", "grpo-n4/seed-1"])
+    assert json.loads((latest / "summary.json").read_text())["unexpected"] == []
+
+
+def _parts(name: str) -> tuple[str, int]:
+    method, _, seed = name.partition("/seed-")
+    return method, int(seed)
+
+
+def test_several_processes_train_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = read_runs(command(tmp_path))
+    monkeypatch.setattr(llm_training, "read_runs", lambda _: runs)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InvalidInputError, match="--only"):
+        llm_training.main(command(tmp_path))
+
+
+def test_a_killed_process_costs_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+
+        def __enter__(self) -> Broken:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def submit(self, *_: Any) -> Any:
+            raise BrokenProcessPool
+
+    monkeypatch.setattr(llm_training, "ProcessPoolExecutor", Broken)
+    with pytest.raises(InvalidInputError, match="tbrm-n1/seed-0: its process was killed"):
+        llm_training._in_a_process(command(tmp_path), "tbrm-n1/seed-0", tmp_path)
