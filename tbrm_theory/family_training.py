@@ -150,7 +150,7 @@ class _Model:
     def __init__(self, problem: LaidOut, loss: str, points: Sequence[Point], seeds: Sequence[int]) -> None:
         self._problem, self._loss = problem, LOSSES[loss]
         rows, cells = (len(points), len(seeds)), problem.log_reference.shape[-2]
-        firsts = problem.sizes[0][0]
+        firsts = len(problem.initial)
         self.parameters = {"logits": problem.log_reference.repeat(*rows, 1, 1).requires_grad_()}
         for name in trained_besides(loss):
             size = cells if name == "critic" else firsts
@@ -162,7 +162,7 @@ class _Model:
         if "baseline" in self._loss.fields and "baseline" not in self.parameters:
             self._constant_baseline, self.samples_before = _reference_values(problem, points, seeds)
         temperatures = torch.tensor([point.temperature for point in points], dtype=torch.float64)
-        self._beta = (problem.beta * temperatures).unsqueeze(-1)
+        self._beta = (problem.mdp.beta * temperatures).unsqueeze(-1)
 
     def refresh(self, update: int) -> None:
         """Set the frozen parameters of the points whose turn it is to the current ones."""
@@ -183,13 +183,12 @@ class _Model:
     def _scores(self, value: Tensor, log_policy: Tensor, rollouts: Rollouts) -> TrajectoryScores:
         """The scores, with the optional fields that the loss names and no others."""
         problem, cell, first = self._problem, rollouts.cell, rollouts.first
-        pair = cell * problem.log_reference.shape[-1] + rollouts.action
-        taken = read(log_policy.flatten(-2), pair)
+        taken = read(log_policy.flatten(-2), rollouts.pair)
         initial_value = value.gather(-1, first)
         given = {
             "first_logit": lambda: initial_value + taken[..., 0],
             "value": lambda: read(value, cell),
-            "reward": lambda: problem.reward.flatten()[pair],
+            "reward": lambda: problem.reward.take(rollouts.pair),
             "reference_initial_value": lambda: torch.zeros_like(initial_value),  # logsumexp of log π_ref
             "frozen_initial_value": lambda: self._frozen.gather(-1, first),
             "frozen_value": lambda: read(self._frozen, cell),
@@ -201,7 +200,7 @@ class _Model:
         }
         return TrajectoryScores(
             log_policy=taken,
-            log_reference=problem.log_reference.flatten()[pair],
+            log_reference=problem.log_reference.take(rollouts.pair),
             mask=rollouts.mask,
             initial_value=initial_value,
             trajectory_return=problem.trajectory_return(rollouts),
@@ -226,21 +225,20 @@ def _reference_values(
 
     A point that asks for fewer has the first of those of a point that asks for more.
     """
-    states = problem.initial.nonzero().squeeze(-1)
-    most = max(point.reference_rollouts for point in points)
+    states, most = torch.arange(len(problem.initial)), max(point.reference_rollouts for point in points)
     returns = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed + (1 << 32))  # not the numbers that training goes on with
         shape = (most, len(states), problem.horizon, problem.draws)
         uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
         rollouts = problem.roll_out(problem.log_reference, states, uniform)
-        returns.append(problem.trajectory_return(rollouts) / problem.beta)
+        returns.append(problem.trajectory_return(rollouts) / problem.mdp.beta)
     scaled = torch.stack(returns)  # (seeds, rollouts, states)
-    value = torch.zeros(len(points), len(seeds), problem.sizes[0][0], dtype=torch.float64)
-    for i, point in enumerate(points):
-        drawn = point.reference_rollouts
-        value[i, :, states] = torch.logsumexp(scaled[:, :drawn], dim=1) - math.log(drawn)
-    return value, torch.tensor([point.reference_rollouts * len(states) for point in points])
+    value = [
+        torch.logsumexp(scaled[:, : point.reference_rollouts], dim=1) - math.log(point.reference_rollouts)
+        for point in points
+    ]
+    return torch.stack(value), torch.tensor([point.reference_rollouts * len(states) for point in points])
 
 
 class _Adam:
@@ -268,5 +266,5 @@ class _Adam:
                 raise InvalidInputError("loss", "reads parameters that it gives no gradient")
             mean.lerp_(gradient, 1 - first)
             square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
-            size = (square / (1 - second**self._steps)).sqrt_().add_(self._epsilon)
-            table.sub_(rate / (1 - first**self._steps) * mean / size)
+            size = square.sqrt().mul_((1 - second**self._steps) ** -0.5).add_(self._epsilon)
+            table.sub_(torch.div(mean, size, out=size).mul_(rate / (1 - first**self._steps)))
