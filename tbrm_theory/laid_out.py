@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
@@ -102,7 +103,7 @@ class LaidOut:
         """
         cumulative = _cumulative(log_policy.detach().exp())
         actions = cumulative.shape[-1]
-        batch = torch.broadcast_shapes(cumulative.shape[:-2], first.shape[:-1], uniform.shape[:-3])
+        batch = np.broadcast_shapes(cumulative.shape[:-2], first.shape[:-1], uniform.shape[:-3])  # torch's is slow
         cumulative = cumulative.expand(*batch, *cumulative.shape[-2:])
         cell = first.expand(*batch, first.shape[-1])
         cells, pairs = [], []
