@@ -47,7 +47,7 @@ def rloo_loss(
 ) -> Float[Tensor, "..."]:
     """``-mean_τ min(w A, clip(w, 1 ± clip) A)`` with ``w = π_θ(τ)/μ(τ)``, ``(…)``.
 
-    ``A_i = R_i - mean_{j≠i} R_j`` in the group, ``R = r(τ) - β log μ(τ)/π_ref(τ)`` (Ahmadian et al., Eq. 8). At ``w = 1`` the gradient
+    ``A_i = R_i - mean_{j≠i} R_j`` in the group, ``R = r(τ) - β log μ(τ)/π_ref(τ)`` (Ahmadian et al.). At ``w = 1`` the gradient
     is ``(β/2) ∇VarGrad``.
     """
     behaviour = needed(scores.behaviour_log_policy, "behaviour_log_policy", "RLOO").detach()
@@ -91,7 +91,7 @@ def dr_grpo_loss(
 ) -> Float[Tensor, "..."]:
     """``-mean_τ Σ_h [min(w_h A, clip(w_h, 1 ± clip) A) - β k3_h]`` with ``A = r - mean`` of the group, ``(…)``.
 
-    GRPO without its two normalisations (Liu et al., §3.2): no std, and no length. Implementations divide the sum by a constant,
+    GRPO without its two normalisations (Liu et al.): no std, and no length. Implementations divide the sum by a constant,
     the longest response allowed.
     """
     gain = _token_gain(scores, _group_advantage(scores, group_size, normalised=False), clip, clip, "Dr. GRPO")
