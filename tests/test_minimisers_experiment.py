@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT / "paper_figs"))
 
 import fig_minimisers  # noqa: E402
 import minimisers  # noqa: E402
+from table_figure import Options  # noqa: E402
 
 from tbrm_theory import coverage  # noqa: E402
 from tbrm_theory.behaviours import MixtureBehaviour  # noqa: E402
@@ -166,7 +167,7 @@ def test_settings_that_make_no_sense_are_refused(config: minimisers.Config, fiel
 
 def test_the_figure_plots_its_table(tmp_path: Path) -> None:
     opened = plt.get_fignums()
-    fig_minimisers.main(fig_minimisers.Options(out=tmp_path))
+    fig_minimisers.main(Options(out=tmp_path))
     assert (tmp_path / "minimisers.pdf").stat().st_size > 10_000
     assert plt.get_fignums() == opened
     rows = json.loads((ROOT / "paper_figs" / "data" / "minimisers.json").read_text())
@@ -182,7 +183,7 @@ def test_the_figure_plots_its_table(tmp_path: Path) -> None:
 
 
 def test_the_table_of_the_figure_is_extracted_from_a_run(run: Path, tmp_path: Path) -> None:
-    fig_minimisers.main(fig_minimisers.Options(results=run, data=tmp_path, out=tmp_path))
+    fig_minimisers.main(Options(results=run, data=tmp_path, out=tmp_path))
     rows = json.loads((tmp_path / "minimisers.json").read_text())
     assert len(rows) == len(SMALL.losses) * len(minimisers.KINDS)
     assert (tmp_path / "minimisers.png").exists()
