@@ -9,6 +9,8 @@ INSTALLED := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 LATEST := results/toy_convergence/latest
 # Where the statements stop holding: experiments of theory.md's section 4.
+# The losses of its section 5 side by side.
+FAMILY := minimisers off_policy compute family
 BOUNDARIES := spurious_minima mixture_data transition_noise uncovered_actions coverage_horizon frozen_value calibrated_start conditioning
 
 # Figures are files; no window is ever opened.
@@ -53,13 +55,15 @@ figures: venv  ## redraw every figure from the committed tables, running nothing
 bench: venv  ## measure the throughput of solving, sampling and minimising
 	$(RUN) experiments/bench.py
 
-experiments: venv  ## the convergence experiment on the large problems too, the boundaries, the full searches; what is committed of them
+experiments: venv  ## every experiment in full size, and what is committed of them
 	$(RUN) experiments/toy_convergence.py --full
 	@$(RUN) paper_figs/fig_toy_convergence.py --results $(LATEST)
-	@set -e; for name in $(BOUNDARIES); do $(RUN) experiments/$$name.py; \
+	@set -e; for name in $(BOUNDARIES) $(FAMILY); do $(RUN) experiments/$$name.py; \
 	  $(RUN) paper_figs/fig_$$name.py --results results/$$name/latest; done
 	$(RUN) experiments/tightness.py
 	@$(RUN) paper_figs/fig_tightness.py --results results/tightness/latest
+	$(RUN) experiments/llm_run.py --config experiments/configs/exact_cpu.yaml
+	@$(RUN) paper_figs/fig_exact_cpu.py --results results/exact_cpu/latest
 
 wheel: venv  ## build dist/*.whl and dist/*.tar.gz
 	$(RUN) -m build --no-isolation
