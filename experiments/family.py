@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from rich.table import Table
 import tbrm_theory as tt
 from tbrm_theory.aggregates import interquartile_mean, stratified_interval
 from tbrm_theory.consumption import consumption
+from tbrm_theory.execution import Execution
 from tbrm_theory.experiment import run_experiment
 from tbrm_theory.family_training import Curves, Plan, Point, train
 from tbrm_theory.gymnasium_import import from_gymnasium
@@ -120,6 +121,7 @@ class Config:
     """Only these problems; all of them if not given."""
     methods: tuple[str, ...] = ()
     """Only these methods, and those that are the same; all of them if not given."""
+    execution: tyro.conf.OmitArgPrefixes[Execution] = field(default_factory=Execution)
     results: Path = Path("results")
 
     def __post_init__(self) -> None:

@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ from rich.table import Table
 import tbrm_theory as tt
 from tbrm_theory.behaviours import Components
 from tbrm_theory.expected_updates import ExpectedUpdate
+from tbrm_theory.execution import Execution
 from tbrm_theory.experiment import run_experiment
 from tbrm_theory.fixed_points import rest
 from tbrm_theory.losses import LOSSES
@@ -131,6 +132,7 @@ class Config:
     problems: int = 2
     """For each kind of data."""
     seed: int = 0
+    execution: tyro.conf.OmitArgPrefixes[Execution] = field(default_factory=Execution)
     results: Path = Path("results")
 
 
@@ -290,7 +292,7 @@ def main(config: Config) -> int:
         for number in range(config.problems)
     }
     shown = ("verdicts", "regrets")
-    return run_experiment("minimisers", config, made, summarise, lambda _, s: [table(s)], in_tables=shown)
+    return run_experiment("minimisers", config, made, summarise, lambda _, s: [table(s)], in_tables=shown, execution=config.execution)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ from tbrm_theory import bounds, coverage
 from tbrm_theory.behaviours import MixtureBehaviour
 from tbrm_theory.claims.derivatives import ListedLoss, tables
 from tbrm_theory.dynamic_programming import Solution, admissible_logits, soft_policy
+from tbrm_theory.execution import Execution
 from tbrm_theory.experiment import run_experiment
 from tbrm_theory.losses import tbrm_loss
 from tbrm_theory.mdp import RegularizedMDP
@@ -107,6 +108,7 @@ class Config:
     errors: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
     """a and b."""
     seed: int = 0
+    execution: tyro.conf.OmitArgPrefixes[Execution] = field(default_factory=Execution)
     results: Path = Path("results")
 
     def __post_init__(self) -> None:
