@@ -103,8 +103,8 @@ def _on_dask(cells: Cells, scheduler: str | None, workers: int) -> Generator[tup
         with _interrupt_deferred():
             if scheduler is None:
                 # A killed worker comes back; where packages load slowly, later than the cluster waits for it before it gives it up.
-                opened.enter_context(dask.config.set({"distributed.deploy.lost-worker-timeout": "10 min"}))
-                local = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
+                opened.enter_context(dask.config.set({"distributed.deploy.lost-worker-timeout": "10m"}))
+                local = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": ":0"}
                 cluster = opened.enter_context(distributed.LocalCluster(**local, silence_logs=logging.CRITICAL))
             try:
                 client = opened.enter_context(distributed.Client(scheduler or cluster, timeout="5s"))
