@@ -23,12 +23,17 @@ a tuned method ends no better than the reference policy (DAPO excepted, which ha
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # Ctrl-C while packages load, which some of them do not survive
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import numpy as np
 import torch
@@ -329,7 +334,13 @@ def main(config: Config) -> int:
 
     shown = ("final", "overall", "samples_to_one_percent", "winners", "consumption")
     return run_experiment(
-        "family", config, cells(config), finish, lambda _, summary: tables(summary), in_tables=shown
+        "family",
+        config,
+        cells(config),
+        finish,
+        lambda _, summary: tables(summary),
+        in_tables=shown,
+        execution=config.execution,
     )
 
 

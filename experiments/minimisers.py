@@ -32,12 +32,17 @@ cell is not as predicted, or a point of rest is a saddle.
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # Ctrl-C while packages load, which some of them do not survive
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import torch
 import tyro
@@ -292,7 +297,9 @@ def main(config: Config) -> int:
         for number in range(config.problems)
     }
     shown = ("verdicts", "regrets")
-    return run_experiment("minimisers", config, made, summarise, lambda _, s: [table(s)], in_tables=shown, execution=config.execution)
+    return run_experiment(
+        "minimisers", config, made, summarise, lambda _, s: [table(s)], in_tables=shown, execution=config.execution
+    )
 
 
 if __name__ == "__main__":

@@ -34,12 +34,17 @@ standard errors and 5 % from its constant, or O7's regret does not come out.
 from __future__ import annotations
 
 import math
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # Ctrl-C while packages load, which some of them do not survive
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import numpy as np
 import torch
@@ -382,6 +387,7 @@ def main(config: Config) -> int:
         summarise,
         views,
         in_tables=("certificates", "slopes", "over_constant", "b6_over_regret"),
+        execution=config.execution,
     )
 
 
