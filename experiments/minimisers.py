@@ -50,8 +50,8 @@ from rich.table import Table
 
 import tbrm_theory as tt
 from tbrm_theory.behaviours import Components
-from tbrm_theory.expected_updates import ExpectedUpdate
 from tbrm_theory.execution import Execution
+from tbrm_theory.expected_updates import ExpectedUpdate
 from tbrm_theory.experiment import run_experiment
 from tbrm_theory.fixed_points import rest
 from tbrm_theory.losses import LOSSES
