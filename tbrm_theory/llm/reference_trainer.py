@@ -26,6 +26,7 @@ from tbrm_theory.llm.fused_head import add_start_logits, fused_token_scores
 from tbrm_theory.llm.language_scores import TokenScores, position_ids, token_scores
 from tbrm_theory.llm.model_copies import base_model, frozen_copy, takes_position_ids, without_dropout
 from tbrm_theory.llm.part_timer import PartTimer
+from tbrm_theory.losses import LOSSES
 
 __all__ = ["ReferenceTrainer"]
 
@@ -71,7 +72,7 @@ class ReferenceTrainer(GRPOTrainer):
             if args.disable_dropout:
                 without_dropout(each)
             if args.fused_lm_head:
-                add_start_logits(base_model(each))
+                add_start_logits(base_model(each), entropy=self._needs_entropy)
         self._takes_position_ids = takes_position_ids(self.model)
         self._reference_version = 0
         self._collected: dict[str, Tensor] = {}
@@ -79,6 +80,10 @@ class ReferenceTrainer(GRPOTrainer):
         self.add_callback(_StepSeconds(self.timer, self._metrics["train"]))
         if args.reference_reset_steps:
             self.add_callback(_ReferenceReset(self, args.reference_reset_steps))
+
+    @property
+    def _needs_entropy(self) -> bool:
+        return "entropy" in LOSSES[self.args.loss].fields
 
     def _check_model(self) -> None:
         if self._is_vlm:
@@ -125,7 +130,7 @@ class ReferenceTrainer(GRPOTrainer):
                 input_ids=ids, attention_mask=attention_mask, logits_to_keep=steps + 1, use_cache=False, **positions
             ).logits
         before, tokens = logits[:, -steps - 1 : -1], ids[:, -steps:]
-        scores = token_scores(before, tokens)
+        scores = token_scores(before, tokens, entropy=self._needs_entropy)
         if self.temperature == 1.0 or torch.is_grad_enabled():
             return scores, scores.log_policy
         return scores, token_scores(before, tokens, temperature=float(self.temperature)).log_policy
@@ -200,8 +205,8 @@ class _StepSeconds(TrainerCallback):
     def __init__(self, timer: PartTimer, metrics: dict[str, list[float]]) -> None:
         self.timer, self.metrics = timer, metrics
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.timer.lap()
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.timer.lap()  # saving and evaluating between steps belong to no step
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.timer.start("update")
