@@ -47,6 +47,15 @@ hypothesis.settings.register_profile("thorough", max_examples=2000, derandomize=
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share a fixture of their module go to one worker, which makes it once (``--dist loadgroup``)."""
+    for item in items:
+        assert isinstance(item, pytest.Function)
+        fixtures = item._fixtureinfo.name2fixturedefs.values()
+        if any(definitions[-1].scope == "module" for definitions in fixtures):
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
 @pytest.fixture(autouse=True)
 def _global_state_untouched() -> Iterator[None]:
     """Fails a test that drew from a global random state, seeded one, or changed a global setting of torch.

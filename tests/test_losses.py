@@ -1,6 +1,6 @@
-"""One contract for every residual and loss, against plain loops over lists; and the numbers of theory.md X5 and X6.
+"""What residuals promise beyond the losses made of them, against plain loops; and the numbers of theory.md X5 and X6.
 
-A residual added to ``RESIDUALS`` is held to the whole contract; it only needs a loop in ``PLAIN``.
+The contract of all losses is in ``test_losses_contract.py``; a residual added to ``RESIDUALS`` only needs a loop in ``plain_losses``.
 """
 
 from __future__ import annotations
@@ -28,25 +28,12 @@ from tbrm_theory.losses import (
     tbrm_residual,
     trajectory_log_ratio,
 )
+from tests import plain_losses
+from tests.drawn_scores import FLOAT_FIELDS, STEP_FIELDS, changed, draw_scores, filled, picked, plain_rows
 
-STEP_FIELDS = ("log_policy", "log_reference", "value", "reward")
-TRAJECTORY_FIELDS = (
-    "initial_value",
-    "trajectory_return",
-    "first_logit",
-    "reference_initial_value",
-    "frozen_initial_value",
-)
-FLOAT_FIELDS = STEP_FIELDS + TRAJECTORY_FIELDS
-NEEDED = {
-    "tbrm": (),
-    "tbrm-first-logit": ("first_logit",),
-    "tbrm-iterative": ("frozen_initial_value",),
-    "reval": ("reference_initial_value",),
-    "brm": ("value", "reward"),
-}
 BETA = 0.3
-GARBAGE = [math.nan, math.inf, -math.inf, 1e300]
+
+PER_STEP = {name for name in RESIDUALS if name.startswith(("brm", "sql", "pcl"))}
 
 every_residual = pytest.mark.parametrize("name", RESIDUALS)
 
@@ -55,39 +42,6 @@ every_residual = pytest.mark.parametrize("name", RESIDUALS)
 def no_run_time_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     """As users have it: the shape checks that come with pytest are off, the package's own must do."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-
-
-def draw_scores(
-    *, batch: tuple[int, ...] = (), trajectories: int = 5, steps: int = 4, seed: int = 0
-) -> TrajectoryScores:
-    """Unrelated random numbers in every field; trajectories of all lengths from 1 to ``steps``."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*batch, *shape, generator=generator, dtype=torch.float64)
-
-    lengths = torch.arange(trajectories) % steps + 1
-    mask = (torch.arange(steps) < lengths.unsqueeze(-1)).expand(*batch, trajectories, steps)
-    return TrajectoryScores(
-        mask=mask,
-        **{name: draw(trajectories, steps) for name in STEP_FIELDS},
-        **{name: draw(trajectories) for name in TRAJECTORY_FIELDS},
-    )
-
-
-def changed(scores: TrajectoryScores, change: Callable[[str, Tensor], Tensor]) -> TrajectoryScores:
-    """Every field, the mask included, put through ``change(name, table)``."""
-    return dataclasses.replace(scores, **{name: change(name, table) for name, table in scores.given().items()})
-
-
-def without(scores: TrajectoryScores, *names: str) -> TrajectoryScores:
-    return TrajectoryScores(**{name: table for name, table in scores.given().items() if name not in names})
-
-
-def picked(scores: TrajectoryScores, index: int | slice | Tensor) -> TrajectoryScores:
-    """Some of the trajectories of a batch without leading dimensions."""
-    rows = slice(index, index + 1) if isinstance(index, int) else index
-    return changed(scores, lambda _, table: table[rows])
 
 
 def gradients(name: str, scores: TrajectoryScores, beta: float = BETA) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -103,95 +57,48 @@ def gradients(name: str, scores: TrajectoryScores, beta: float = BETA) -> tuple[
     return residual.detach(), found[0], by_field
 
 
-# -- the same in plain Python, one trajectory at a time ----------------------------------------------------
-
-
-def plain_ratio(row: dict[str, list[float]]) -> float:
-    return math.fsum(row["log_policy"]) - math.fsum(row["log_reference"])
-
-
-def plain_brm(row: dict[str, list[float]], beta: float) -> list[float]:
-    result = []
-    for h, (v, log_pi, log_ref, reward) in enumerate(
-        zip(row["value"], row["log_policy"], row["log_reference"], row["reward"], strict=True)
-    ):
-        following = row["value"][h + 1] if h + 1 < len(row["value"]) else 0.0
-        result.append((v + log_pi) - (reward / beta + log_ref) - following)
-    return result
-
-
-PLAIN: dict[str, Callable[[dict[str, list[float]], dict[str, float], float], float | list[float]]] = {
-    "tbrm": lambda row, own, beta: own["initial_value"] + plain_ratio(row) - own["trajectory_return"] / beta,
-    "tbrm-first-logit": lambda row, own, beta: (
-        own["first_logit"]
-        + math.fsum(row["log_policy"][1:])
-        - math.fsum(row["log_reference"])
-        - own["trajectory_return"] / beta
-    ),
-    "tbrm-iterative": lambda row, own, beta: (
-        own["frozen_initial_value"] + plain_ratio(row) - own["trajectory_return"] / beta
-    ),
-    "reval": lambda row, own, beta: (
-        own["initial_value"] - own["reference_initial_value"] + plain_ratio(row) - own["trajectory_return"] / beta
-    ),
-    "brm": lambda row, own, beta: plain_brm(row, beta),
-}
-
-
-def plain_residuals(name: str, scores: TrajectoryScores, beta: float) -> list[float | list[float]]:
+def plain_residuals(name: str, scores: TrajectoryScores, beta: float) -> list[list[float]]:
     """By loops over lists, without masked steps."""
-    found = []
-    for i, mask in enumerate(scores.mask.tolist()):
-        length = sum(mask)
-        row = {field: getattr(scores, field)[i].tolist()[:length] for field in STEP_FIELDS}
-        own = {field: getattr(scores, field)[i].item() for field in TRAJECTORY_FIELDS}
-        found.append(PLAIN[name](row, own, beta))
-    return found
+    rows = plain_rows(scores)
+    return [plain_losses.RESIDUALS[name](row, row, beta) for row in rows]
 
 
 # -- the contract -----------------------------------------------------------------------------------------
 
 
 def test_the_contract_covers_every_residual() -> None:
-    assert PLAIN.keys() == NEEDED.keys() == RESIDUALS.keys()
+    assert plain_losses.RESIDUALS.keys() == RESIDUALS.keys()
 
 
 @every_residual
 def test_a_residual_is_what_a_plain_loop_gives(name: str) -> None:
     scores = draw_scores()
     residual = RESIDUALS[name](scores, beta=BETA)
-    assert residual.shape == (scores.mask.shape if name == "brm" else scores.mask.shape[:-1])
-    for own, plain in zip(residual.tolist(), plain_residuals(name, scores, BETA), strict=True):
-        if isinstance(plain, list):
-            own, rest = own[: len(plain)], own[len(plain) :]
-            assert rest == [0.0] * len(rest)
-        assert own == pytest.approx(plain, rel=1e-13, abs=1e-13)
+    assert residual.shape == (scores.mask.shape if name in PER_STEP else scores.mask.shape[:-1])
+    for own, plain in zip(residual, plain_residuals(name, scores, BETA), strict=True):
+        numbers = own.reshape(-1).tolist()
+        assert numbers[: len(plain)] == pytest.approx(plain, rel=1e-13, abs=1e-13)
+        assert not any(numbers[len(plain) :])
 
 
 @pytest.mark.parametrize(("loss", "name"), [(tbrm_loss, "tbrm"), (brm_loss, "brm")])
 def test_a_loss_is_what_a_plain_loop_gives(loss: Callable[..., Tensor], name: str) -> None:
     scores = draw_scores()
-    rows = [row if isinstance(row, list) else [row] for row in plain_residuals(name, scores, BETA)]
+    rows = plain_residuals(name, scores, BETA)
     mean = math.fsum(math.fsum(x**2 for x in row) for row in rows) / len(rows)
     assert loss(scores, beta=BETA).item() == pytest.approx(mean, rel=1e-13)
 
 
 @every_residual
-def test_the_gradient_is_that_of_finite_differences(name: str) -> None:
-    """In β and in every score but the frozen one, which is a constant."""
-    scores = draw_scores(trajectories=3, steps=3)
-    fields = [field for field in FLOAT_FIELDS if field != "frozen_initial_value"]
-    leaves = [getattr(scores, field).clone().requires_grad_() for field in fields]
-    temperature = torch.tensor(BETA, dtype=torch.float64, requires_grad=True)
-
-    def residual(beta: Tensor, *tables: Tensor) -> Tensor:
-        return RESIDUALS[name](dataclasses.replace(scores, **dict(zip(fields, tables, strict=True))), beta=beta)
-
-    assert torch.autograd.gradcheck(residual, (temperature, *leaves), atol=1e-7, rtol=1e-6)
-    _, in_beta, by_field = gradients(name, scores)
-    assert in_beta != 0  # the comparison was not one of zeros
-    assert by_field["log_policy"].abs().max() > 0
-    assert by_field["frozen_initial_value"].abs().max() == 0
+def test_the_gradient_in_the_temperature_is_that_of_finite_differences(name: str) -> None:
+    """Of the sum of squares; that in the scores is tested with the losses."""
+    scores = draw_scores()
+    if name == "sql-multi-step-q":  # rewards of later steps are constants there, and so is β beside them
+        scores = dataclasses.replace(scores, mask=scores.mask & (torch.arange(4) < 1))
+    _, found, _ = gradients(name, scores)
+    above, below = (RESIDUALS[name](scores, beta=BETA + shift).square().sum().item() for shift in (1e-6, -1e-6))
+    assert found.item() == pytest.approx((above - below) / 2e-6, rel=1e-6)
+    assert found != 0
 
 
 @every_residual
@@ -201,7 +108,7 @@ def test_masking_a_suffix_is_cutting_it_off(name: str) -> None:
     mask = scores.mask & (torch.arange(4) < kept)
     residual, in_beta, by_field = gradients(name, dataclasses.replace(scores, mask=mask))
     expected, expected_in_beta, expected_by_field = gradients(name, shorter)
-    if name == "brm":
+    if name in PER_STEP:
         assert not residual[:, kept:].any()
         residual = residual[:, :kept]
     torch.testing.assert_close(residual, expected, rtol=1e-14, atol=1e-14)
@@ -215,29 +122,16 @@ def test_masking_a_suffix_is_cutting_it_off(name: str) -> None:
 
 
 @every_residual
-@pytest.mark.parametrize("garbage", GARBAGE)
-def test_padding_contributes_nothing_whatever_it_holds(name: str, garbage: float) -> None:
+def test_padding_contributes_nothing_whatever_it_holds(name: str) -> None:
     scores = draw_scores()
     assert not scores.mask.all()
-
-    def filled(with_what: float) -> TrajectoryScores:
-        return changed(
-            scores,
-            lambda field, table: torch.where(scores.mask, table, with_what) if field in STEP_FIELDS else table,
-        )
-
-    residual, in_beta, by_field = gradients(name, filled(garbage))
-    expected, expected_in_beta, expected_by_field = gradients(name, filled(0.0))
-    assert torch.equal(residual, expected)
-    assert torch.isfinite(residual).all()
-    assert torch.equal(in_beta, expected_in_beta)
-    for field in FLOAT_FIELDS:
-        assert torch.equal(by_field[field], expected_by_field[field]), field
-        assert torch.isfinite(by_field[field]).all(), field
-        if field in STEP_FIELDS:
-            assert not by_field[field][~scores.mask].any(), field
-    if name == "brm":
-        assert not residual[~scores.mask].any()
+    residual, in_beta, _ = gradients(name, filled(scores, 0.0))
+    for garbage in (math.nan, math.inf, -math.inf, 1e300):
+        found, found_in_beta, _ = gradients(name, filled(scores, garbage))
+        assert torch.equal(found, residual)
+        assert torch.equal(found_in_beta, in_beta)
+        if name in PER_STEP:
+            assert not found[~scores.mask].any()
 
 
 @every_residual
@@ -447,36 +341,7 @@ def test_a_temperature_for_each_trajectory_is_refused(
         RESIDUALS[name](draw_scores(batch=batch), beta=torch.ones(shape, dtype=torch.float64))
 
 
-@pytest.mark.parametrize(("name", "field"), [(name, field) for name, fields in NEEDED.items() for field in fields])
-def test_a_missing_score_is_named(name: str, field: str) -> None:
-    with pytest.raises(InvalidInputError, match=rf"^scores\.{field}: missing"):
-        RESIDUALS[name](without(draw_scores(), field), beta=BETA)
-
-
-@pytest.mark.parametrize("name", RESIDUALS)
-def test_what_a_residual_does_not_need_may_be_missing(name: str) -> None:
-    optional = {"first_logit", "value", "reward", "reference_initial_value", "frozen_initial_value"}
-    bare = without(draw_scores(), *(optional - set(NEEDED[name])))
-    assert torch.equal(RESIDUALS[name](bare, beta=BETA), RESIDUALS[name](draw_scores(), beta=BETA))
-
-
-@every_residual
-@pytest.mark.parametrize("field", FLOAT_FIELDS)
-def test_nan_in_a_score_is_named_and_never_returned(name: str, field: str) -> None:
-    scores = draw_scores()
-    table = getattr(scores, field).clone()
-    index = (2, 0) if table.dim() == 2 else (2,)
-    table[index] = math.nan
-    bad = dataclasses.replace(scores, **{field: table})
-    where = "".join(rf"\[{i}\]" for i in index)
-    if gradients(name, scores)[2][field][index] != 0 or field in NEEDED[name]:
-        with pytest.raises(InvalidInputError, match=rf"^scores\.{field}{where}: expected a number, found nan"):
-            RESIDUALS[name](bad, beta=BETA)
-    else:
-        assert torch.equal(RESIDUALS[name](bad, beta=BETA), RESIDUALS[name](scores, beta=BETA))
-
-
-@pytest.mark.parametrize("function", [*(RESIDUALS[name] for name in RESIDUALS), tbrm_loss, brm_loss])
+@pytest.mark.parametrize("function", [*RESIDUALS.values(), tbrm_loss, brm_loss])
 def test_an_infinite_difference_is_refused(function: Callable[..., Tensor]) -> None:
     """An action that neither policy has: ∞ - ∞ is no number."""
     scores = draw_scores()

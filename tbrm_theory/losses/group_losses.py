@@ -53,9 +53,9 @@ def dpo_loss(scores: TrajectoryScores, *, beta: float | Tensor, group_size: int)
     preferred" under Bradley-Terry, in place of a drawn label. Rewards are in reward units, for ``β`` is in ``d`` already; a
     difference beyond ±40 is a certain label.
     """
-    preference = temperature(beta, scores) * trajectory_log_ratio(scores)
+    preference = grouped(temperature(beta, scores) * trajectory_log_ratio(scores), group_size)
+    returns = grouped(scores.trajectory_return, group_size)
     one, other = _pairs(group_size, preference.device)
-    preference, returns = grouped(preference, group_size), grouped(scores.trajectory_return, group_size)
     margin = preference[..., one] - preference[..., other]
     label = torch.sigmoid(returns[..., one] - returns[..., other])
     agree, disagree = (torch.nn.functional.logsigmoid(sign * margin) for sign in (1, -1))

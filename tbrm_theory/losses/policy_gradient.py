@@ -9,6 +9,8 @@ arXiv 2503.20783 (Dr. GRPO); Yu et al., arXiv 2503.14476 (DAPO); Schulman et al.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -45,7 +47,7 @@ def rloo_loss(
 ) -> Float[Tensor, "..."]:
     """``-mean_τ min(w A, clip(w, 1 ± clip) A)`` with ``w = π_θ(τ)/μ(τ)``, ``(…)``.
 
-    ``A_i = R_i - mean_{j≠i} R_j`` in the group, ``R = r(τ) - β log μ(τ)/π_ref(τ)`` (Ahmadian et al., Eq. 8). At ``w = 1`` the gradient
+    ``A_i = R_i - mean_{j≠i} R_j`` in the group, ``R = r(τ) - β log μ(τ)/π_ref(τ)`` (Ahmadian et al.). At ``w = 1`` the gradient
     is ``(β/2) ∇VarGrad``.
     """
     behaviour = needed(scores.behaviour_log_policy, "behaviour_log_policy", "RLOO").detach()
@@ -89,7 +91,7 @@ def dr_grpo_loss(
 ) -> Float[Tensor, "..."]:
     """``-mean_τ Σ_h [min(w_h A, clip(w_h, 1 ± clip) A) - β k3_h]`` with ``A = r - mean`` of the group, ``(…)``.
 
-    GRPO without its two normalisations (Liu et al., §3.2): no std, and no length. Implementations divide the sum by a constant,
+    GRPO without its two normalisations (Liu et al.): no std, and no length. Implementations divide the sum by a constant,
     the longest response allowed.
     """
     gain = _token_gain(scores, _group_advantage(scores, group_size, normalised=False), clip, clip, "Dr. GRPO")
@@ -128,6 +130,8 @@ def ppo_loss(
     generalised advantage ``Â_h = Σ_{k≥h} λ^{k-h} δ_k`` (no discount); ``A_h = β Â_h`` and ``G_h = V_φ(s_h) + Â_h`` are constants.
     The critic has its own parameters, so its squared error needs no coefficient beside its learning rate.
     """
+    if not 0 <= entropy_coefficient < math.inf:
+        raise InvalidInputError("entropy_coefficient", f"expected a number of at least 0, found {entropy_coefficient}")
     behaviour = needed(scores.behaviour_log_policy, "behaviour_log_policy", "PPO").detach()
     critic = unmasked(needed(scores.critic, "critic", "PPO"), scores)
     entropy = trajectory_sum(needed(scores.entropy, "entropy", "PPO"), scores)
@@ -143,8 +147,9 @@ def ppo_loss(
 
 def _clipped(log_ratio: Tensor, advantage: Tensor, lower: float, higher: float) -> Tensor:
     """``min(w A, clip(w, 1 - lower, 1 + higher) A)``, element by element."""
-    if not (lower >= 0 and higher >= 0):
-        raise InvalidInputError("clip", f"expected a range around 1, found from 1 - {lower} to 1 + {higher}")
+    for name, width in (("clip", lower), ("clip_higher", higher)):
+        if not width >= 0:
+            raise InvalidInputError(name, f"expected a width of at least 0, found {width}")
     ratio = log_ratio.exp()
     return torch.minimum(ratio * advantage, ratio.clamp(1 - lower, 1 + higher) * advantage)
 

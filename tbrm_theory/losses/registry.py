@@ -54,20 +54,18 @@ _ALL = (
     Loss("sql-multi-step-q", step.sql_multi_step_q_loss, "[Y] App. E; Schulman et al. 2017", (*_STEPS, "value")),
     Loss("pcl-one-step", step.pcl_one_step_loss, "[Y] App. E; Nachum et al. 2017", (*_STEPS, "critic")),
     Loss("pcl-multi-step", step.pcl_multi_step_loss, "[Y] App. E; Nachum et al. 2017", (*_STEPS, "critic")),
-    Loss(
-        "trajectory-balance", trajectory.trajectory_balance_loss, "Malkin et al. 2022, Eq. 14", (*_GAP, "log_partition")
-    ),
+    Loss("trajectory-balance", trajectory.trajectory_balance_loss, "Malkin et al. 2022", (*_GAP, "log_partition")),
     Loss("vargrad", group.vargrad_loss, "Richter et al. 2020", _GAP, needs_group=True),
     Loss("kimi", group.kimi_loss, "Kimi k1.5, §2.3.2; [Y] App. E", _GAP, needs_group=True),
-    Loss("dro", trajectory.dro_loss, "Richemond et al. 2024, Eq. 5", (*_GAP, "baseline")),
-    Loss("a-star-po", trajectory.a_star_po_loss, "[A] Eq. 6", (*_GAP, "baseline")),
+    Loss("dro", trajectory.dro_loss, "Richemond et al. 2024 (DRO-V)", (*_GAP, "baseline")),
+    Loss("a-star-po", trajectory.a_star_po_loss, "[A]", (*_GAP, "baseline")),
     Loss("pairwise", group.pairwise_loss, "[Y] App. E; Azar et al. 2023 (IPO)", _GAP, needs_group=True),
     Loss("dpo", group.dpo_loss, "Rafailov et al. 2023, Eq. 7", _GAP, needs_group=True),
     Loss("reinforce", gradient.reinforce_loss, "Williams 1992", _GAP),
     Loss(
         "rloo",
         gradient.rloo_loss,
-        "Ahmadian et al. 2024, Eq. 8",
+        "Ahmadian et al. 2024",
         (*_GAP, "behaviour_log_policy"),
         needs_group=True,
         options=MappingProxyType({"clip": 0.2}),
@@ -83,7 +81,7 @@ _ALL = (
     Loss(
         "dr-grpo",
         gradient.dr_grpo_loss,
-        "Liu et al. 2025, §3.2",
+        "Liu et al. 2025",
         (*_SURROGATE, "log_reference"),
         needs_group=True,
         options=MappingProxyType({"clip": 0.2, "corrected_kl": False}),

@@ -119,8 +119,8 @@ def sql_one_step_q_residual(scores: TrajectoryScores, *, beta: float | Tensor) -
 def sql_multi_step_q_residual(scores: TrajectoryScores, *, beta: float | Tensor) -> StepResidual:
     """``logit_θ(s_h,a_h) - log π_ref(a_h|s_h) - r_h/β - Σ_{k>h} (r_k/β - ρ_k)``, the sum a constant, ``(…, N, H)``; 0 on padding.
 
-    The multi-step form of [Y] App. E that matches the original soft Q-learning: the logit is regressed on the regularised return
-    of the steps that follow (Schulman et al., Eq. 23).
+    Our reading of the multi-step form of [Y] App. E that matches the original soft Q-learning: the logit is regressed on the
+    regularised return of the steps that follow (Schulman et al.), whose policy is the present one, held constant.
     """
     value = unmasked(needed(scores.value, "value", "soft Q-learning on logits"), scores)
     log_ratio = _log_ratio(scores)
@@ -136,7 +136,7 @@ def pcl_one_step_residual(scores: TrajectoryScores, *, beta: float | Tensor) -> 
 
 
 def pcl_multi_step_residual(scores: TrajectoryScores, *, beta: float | Tensor) -> StepResidual:
-    """``V_φ(s_h) + Σ_{k≥h} (ρ_k - r_k/β)``, both models trained (Nachum et al., Eq. 15), ``(…, N, H)``; 0 on padding."""
+    """``V_φ(s_h) + Σ_{k≥h} (ρ_k - r_k/β)``, both models trained (Nachum et al.), ``(…, N, H)``; 0 on padding."""
     value = unmasked(needed(scores.critic, "critic", "path consistency"), scores)
     return checked(value + _suffix_sums(_log_ratio(scores) - _scaled_reward(scores, beta, "path consistency")), scores)
 

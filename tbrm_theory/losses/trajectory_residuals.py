@@ -87,7 +87,7 @@ def iterative_residual(scores: TrajectoryScores, *, beta: float | Tensor) -> Tra
 
 
 def trajectory_balance_residual(scores: TrajectoryScores, *, beta: float | Tensor) -> TrajectoryResidual:
-    """``log Z_φ(s_1) + log π_θ(τ)/π_ref(τ) - r(τ)/β`` (Malkin et al., Eq. 14; theory.md I6), ``(…, N)``.
+    """``log Z_φ(s_1) + log π_θ(τ)/π_ref(τ) - r(τ)/β`` (Malkin et al.; theory.md I6), ``(…, N)``.
 
     The target law is ``π_ref(τ) exp(r(τ)/β) / Z``; the backward policy is 1 on a tree. With ``log Z`` tied to ``V_θ(s_1)`` this is
     TBRM.
@@ -97,12 +97,12 @@ def trajectory_balance_residual(scores: TrajectoryScores, *, beta: float | Tenso
 
 
 def dro_residual(scores: TrajectoryScores, *, beta: float | Tensor) -> TrajectoryResidual:
-    """``V̂(s_1) + log π_θ(τ)/π_ref(τ) - r(τ)/β`` with ``V̂`` trained too (DRO-V, Richemond et al., Eq. 5), ``(…, N)``."""
+    """``V̂(s_1) + log π_θ(τ)/π_ref(τ) - r(τ)/β`` with ``V̂`` trained too (DRO-V, Richemond et al.), ``(…, N)``."""
     return checked(needed(scores.baseline, "baseline", "DRO") + reward_gap(scores, beta=beta), scores)
 
 
 def a_star_po_residual(scores: TrajectoryScores, *, beta: float | Tensor) -> TrajectoryResidual:
-    """``V̂*(s_1) + log π_θ(τ)/π_ref(τ) - r(τ)/β`` with ``V̂*`` a constant ([A] Eq. 6; [Y] App. E), ``(…, N)``.
+    """``V̂*(s_1) + log π_θ(τ)/π_ref(τ) - r(τ)/β`` with ``V̂*`` a constant ([A]; [Y] App. E), ``(…, N)``.
 
     ``V̂* = log mean exp(r/β)`` over rollouts of ``π_ref``, made before training.
     """
@@ -148,15 +148,15 @@ def reval_loss(scores: TrajectoryScores, *, beta: float | Tensor) -> Float[Tenso
 
 
 def trajectory_balance_loss(scores: TrajectoryScores, *, beta: float | Tensor) -> Float[Tensor, "..."]:
-    """``mean_τ (log Z_φ(s_1) + g_θ(τ))²`` (Malkin et al., Eq. 14), ``(…)``."""
+    """``mean_τ (log Z_φ(s_1) + g_θ(τ))²`` (Malkin et al.), ``(…)``."""
     return squared_loss(trajectory_balance_residual(scores, beta=beta))
 
 
 def dro_loss(scores: TrajectoryScores, *, beta: float | Tensor) -> Float[Tensor, "..."]:
-    """``mean_τ (V̂(s_1) + g_θ(τ))²``, ``V̂`` trained too (Richemond et al., Eq. 5; [Y] App. E, footnote 4), ``(…)``."""
+    """``mean_τ (V̂(s_1) + g_θ(τ))²``, ``V̂`` trained too (Richemond et al.; [Y] App. E, footnote 4), ``(…)``."""
     return squared_loss(dro_residual(scores, beta=beta))
 
 
 def a_star_po_loss(scores: TrajectoryScores, *, beta: float | Tensor) -> Float[Tensor, "..."]:
-    """``mean_τ (V̂*(s_1) + g_θ(τ))²``, ``V̂*`` a constant ([A] Eq. 6), ``(…)``."""
+    """``mean_τ (V̂*(s_1) + g_θ(τ))²``, ``V̂*`` a constant ([A]), ``(…)``."""
     return squared_loss(a_star_po_residual(scores, beta=beta))
