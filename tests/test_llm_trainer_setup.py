@@ -276,6 +276,7 @@ def test_a_settings_file_fills_the_config(tmp_path: Path) -> None:
         ({"loss": "vargrad", "num_generations": 8, "gradient_accumulation_steps": 2}, "per_device_train_batch_size"),
         ({"per_device_train_batch_size": 1}, "generation_batch_size"),
         ({"epsilon": 0.3}, "epsilon"),
+        ({"fused_lm_head": True, "temperature": 0.7}, "fused_lm_head"),
         ({"loss_type": "grpo"}, "loss_type"),
     ],
 )

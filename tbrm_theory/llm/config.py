@@ -106,6 +106,10 @@ class TBRMConfig(GRPOConfig):
             raise InvalidInputError("behaviour", f"expected policy or reference, found {self.behaviour!r}")
         if self.behaviour == "reference" and self.use_vllm:
             raise InvalidInputError("behaviour", "vLLM holds the policy's weights; the reference generates without it")
+        if self.fused_lm_head and self.temperature != 1.0:
+            raise InvalidInputError(
+                "fused_lm_head", "scores at temperature 1 only, which would be wrong of the policy that sampled"
+            )
         if self.vllm_importance_sampling_correction:
             raise InvalidInputError(
                 "vllm_importance_sampling_correction", "costs a forward pass, and no loss here has a use for it"

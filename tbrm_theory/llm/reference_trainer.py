@@ -64,15 +64,14 @@ class ReferenceTrainer(GRPOTrainer):
         finally:
             args.beta = beta
         self.beta = beta
-        if own_reference is not None:
-            self.ref_model = self._placed(own_reference)
         self._check_model()
-        models = [self.model] if self.ref_model is None else [self.model, self.accelerator.unwrap_model(self.ref_model)]
-        for each in models:
-            if args.disable_dropout:
-                without_dropout(each)
-            if args.fused_lm_head:
-                add_start_logits(base_model(each), entropy=self._needs_entropy)
+        self._fitted(self.model)
+        if own_reference is not None:
+            self.ref_model = self._placed(self._fitted(own_reference))
+        elif self.ref_model is not None:
+            self._fitted(self.accelerator.unwrap_model(self.ref_model))
+        if args.reference_reset_steps and self.ref_model is None:
+            raise InvalidInputError("reference_reset_steps", "an adapter's reference is its base model and stays")
         self._takes_position_ids = takes_position_ids(self.model)
         self._reference_version = 0
         self._collected: dict[str, Tensor] = {}
@@ -90,8 +89,14 @@ class ReferenceTrainer(GRPOTrainer):
             raise InvalidInputError("processing_class", "expected a tokenizer; rows of images are not kept")
         if self.aux_loss_enabled:
             raise InvalidInputError("router_aux_loss_coef", "expected 0: the router's loss is not added to this one")
-        if self.args.reference_reset_steps and self.ref_model is None:
-            raise InvalidInputError("reference_reset_steps", "an adapter's reference is its base model and stays")
+
+    def _fitted(self, model: Any) -> Any:
+        """The model without dropout, and with the head that the settings ask for."""
+        if self.args.disable_dropout:
+            without_dropout(model)
+        if self.args.fused_lm_head:
+            add_start_logits(base_model(model), entropy=self._needs_entropy)
+        return model
 
     def _placed(self, reference: PreTrainedModel) -> Any:
         """The copy where TRL would have put its own."""
