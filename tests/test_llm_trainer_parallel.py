@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """The weights after two steps of 8 rows at once, and the residuals logged."""
+    """The weights after three steps of 8 rows at once, and the residuals logged."""
     state = torch.random.get_rng_state()
     run = train(tmp_path_factory.mktemp("whole"), per_device_train_batch_size=8)
     torch.random.set_rng_state(state)
@@ -34,7 +34,7 @@ def test_8x1_is_4x2_is_2x4(whole: dict[str, torch.Tensor], tmp_path: Path) -> No
     assert moved > 0.01
     for rows, steps in ((4, 2), (2, 4)):
         run = train(tmp_path, per_device_train_batch_size=rows, gradient_accumulation_steps=steps)
-        assert len(run.inputs) == 2 * steps
+        assert len(run.inputs) == 3 * steps
         for name, table in run.model.state_dict().items():
             torch.testing.assert_close(table, whole[name], rtol=0, atol=2e-6)
 
@@ -50,7 +50,7 @@ def test_two_processes_of_4_are_one_of_8(whole: dict[str, torch.Tensor], tmp_pat
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (load_file(tmp_path / f"process_{i}.safetensors") for i in range(2))
     assert first["processes"] == second["processes"] == 2
-    assert first["rows"].tolist() == second["rows"].tolist() == [2, 4, 4]
+    assert first["rows"].tolist() == second["rows"].tolist() == [3, 4, 4, 4]
     for name, table in first.items():
         if name not in ("rows", "processes"):
             torch.testing.assert_close(table, second[name], rtol=0, atol=0)

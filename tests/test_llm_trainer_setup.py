@@ -204,18 +204,23 @@ def test_scores_and_gradients_do_not_depend_on_the_chunk() -> None:
     generator = torch.Generator().manual_seed(3)
     tokens = torch.randint(9, (2, 4), generator=generator)
     found = []
-    for chunk in (1, 3, 100):
+    for chunk in (9, 30, 1000):  # one position, three, all
         logits = torch.randn(2, 4, 9, generator=generator.manual_seed(4), dtype=torch.float64).requires_grad_()
-        scores = token_scores(logits, tokens, chunk=chunk)
+        scores = token_scores(logits, tokens, chunk=chunk, entropy=True)
         assert scores.value is not None
+        assert scores.entropy is not None
         (scores.log_policy.sin().sum() + scores.value.cos().sum() + scores.entropy.square().sum()).backward()
         assert logits.grad is not None
         found.append(torch.cat([logits.grad.flatten(), scores.log_policy.flatten(), scores.entropy.flatten()]).detach())
-    plain = torch.distributions.Categorical(logits=logits.detach())
-    torch.testing.assert_close(scores.entropy.detach(), plain.entropy())
-    torch.testing.assert_close(scores.log_policy.detach(), plain.log_prob(tokens))
+    plain = torch.distributions.Categorical(logits=logits.detach(), validate_args=False)
+    expected = torch.cat([plain.log_prob(tokens).flatten(), plain.entropy().flatten()])
+    torch.testing.assert_close(found[0][-len(expected) :], expected)
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=0, atol=1e-14)
+
+
+class WithEntropy(trainer_module.TBRMTrainer):
+    _needs_entropy = True  # as for a loss that reads it
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2", "gpt2"])
@@ -225,11 +230,12 @@ def test_the_fused_head_agrees_with_the_logits(architecture: str, tmp_path: Path
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1, 1]])
     caps: dict[str, Any] = {"final_logit_softcapping": 2.0} if architecture == "gemma2" else {}
     for fused in (False, True):
-        run = trainer(tmp_path, language_model(architecture, **caps), fused_lm_head=fused, loss="tbrm")
+        run = trainer(tmp_path, language_model(architecture, **caps), fused_lm_head=fused, kind=WithEntropy)
         scores, _ = run._forward(run.model, ids, mask, 3)
         kept = mask[:, -3:].bool()
         (scores.log_policy[kept].square().sum() + scores.initial_value.sin().sum()).backward()
         grads = [table.grad for table in run.model.parameters() if table.grad is not None]
+        assert scores.entropy is not None
         found.append((scores._replace(log_policy=scores.log_policy[kept], entropy=scores.entropy[kept]), grads))
     (plain, plain_grads), (fused_scores, fused_grads) = found
     assert fused_scores.value is None
@@ -269,6 +275,9 @@ def test_a_settings_file_fills_the_config(tmp_path: Path) -> None:
         ({"group_mean_reward": True}, "num_generations"),
         ({"loss": "vargrad", "num_generations": 8, "gradient_accumulation_steps": 2}, "per_device_train_batch_size"),
         ({"per_device_train_batch_size": 1}, "generation_batch_size"),
+        ({"epsilon": 0.3}, "epsilon"),
+        ({"fused_lm_head": True, "temperature": 0.7}, "fused_lm_head"),
+        ({"loss_type": "grpo"}, "loss_type"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(options: dict[str, Any], field: str, tmp_path: Path) -> None:
@@ -295,7 +304,7 @@ def test_evaluation_uses_the_same_rows_and_losses(tmp_path: Path) -> None:
 RELIED_ON = {
     "_buffered_inputs", "_calculate_rewards", "_compute_loss", "_generate", "_generate_and_score_completions",
     "_generate_single_turn", "_get_output_dir", "_get_per_token_logps_and_entropies", "_is_vlm", "_load_optimizer_and_scheduler",
-    "_metrics", "_name", "_prepare_inputs", "_save_checkpoint", "_step", "_tag_names", "_tokenizer",
+    "_metrics", "_name", "_paper", "_prepare_inputs", "_save_checkpoint", "_step", "_tag_names", "_tokenizer",
 }  # fmt: skip
 """What the trainers touch inside TRL's (and transformers') trainer."""
 
@@ -401,6 +410,8 @@ def test_every_step_logs_its_seconds_and_the_theorys_quantities(tmp_path: Path) 
     assert first["seconds/rollout"] > 0 < first["seconds/reference"]
     assert first["seconds/old_log_probs"] > 0
     assert second["seconds/rollout"] == second["seconds/reference"] == 0
+    assert first["batch/age"] == 0.0
+    assert second["batch/age"] == 1.0
     assert first["seconds/update"] > 0 < second["seconds/update"]
     scores = run.scores[2:]
     f = torch.cat(

@@ -87,6 +87,7 @@ def all_rows(mdp: tt.RegularizedMDP) -> tuple[dict[str, Tensor], list[rf.Traject
         "reference_initial_value": torch.full((number,), 0.3, dtype=torch.float64),
         "trajectory_return": torch.tensor(returns, dtype=torch.float64),
         "reference_version": torch.zeros(number, dtype=torch.int64),
+        "sampled_at": torch.zeros(number, dtype=torch.int64),
     }, trajectories
 
 

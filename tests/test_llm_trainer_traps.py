@@ -13,6 +13,7 @@ from typing import Any
 import huggingface_hub.utils._telemetry as telemetry
 import pytest
 import torch
+from datasets import Dataset
 from huggingface_hub import constants
 from torch import Tensor
 
@@ -222,7 +223,7 @@ def test_11_the_token_that_ends_a_completion_is_an_action_and_padding_never_is(t
         tmp_path,
         model,
         words=tokenizer(pad="<eos>"),
-        data=prompts(64),
+        data=Dataset.from_dict({"prompt": [*prompts(60)["prompt"], *4 * ["a<eos>b"]]}),
         per_device_train_batch_size=64,
         learning_rate=0.0,
     )
@@ -239,6 +240,7 @@ def test_11_the_token_that_ends_a_completion_is_an_action_and_padding_never_is(t
         if len(completion) < 5:
             assert ends
     assert {EOS, STOP} <= set(last)
+    assert any(EOS in prompt for prompt, _ in completions_of(inputs))  # as between the turns of a chat
     assert len(set(scores.mask.sum(-1).tolist())) > 2
 
 

@@ -1,4 +1,4 @@
-"""Trains the tiny model for two steps and leaves what each process ended with: ``accelerate launch … THIS FOLDER``."""
+"""Trains the tiny model for three steps and leaves what each process ended with: ``accelerate launch … THIS FOLDER``."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ def train(folder: Path, **options: Any) -> Watched:
         "generation_kwargs": {"do_sample": False},
         "optim": "sgd",
         "learning_rate": 2e-3,
-        "max_steps": 2,
+        "max_steps": 3,
     }
+    usual |= {"num_iterations": 2, "reference_reset_steps": 1}  # the second update scores its rows by a new reference
     usual["max_grad_norm"] = 0.0  # clipping would hide a wrong scale
     run = trainer(folder, reward=sometimes, kind=Watched, fused_lm_head=True, **usual | options)
     assert isinstance(run, Watched)

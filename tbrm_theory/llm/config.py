@@ -18,6 +18,12 @@ from tbrm_theory.losses import LOSSES
 __all__ = ["TBRMConfig"]
 
 
+_OF_GRPO_ALONE = (
+    *("loss_type", "epsilon", "epsilon_high", "delta", "importance_sampling_level", "off_policy_mask_threshold"),
+    *("entropy_coef", "use_adaptive_entropy", "top_entropy_quantile", "multi_objective_aggregation"),
+)
+
+
 @no_type_check  # not for beartype: the fields that TRL and transformers declare are not held to their annotations
 @dataclass
 class TBRMConfig(GRPOConfig):
@@ -26,7 +32,6 @@ class TBRMConfig(GRPOConfig):
     loss: str = field(default="tbrm", metadata={"help": "a loss of tbrm_theory.losses, by name"})
     beta: float = field(default=0.002, metadata={"help": "KL temperature, in reward units ([Y] §4: 0.002)"})
     num_generations: int | None = field(default=1, metadata={"help": "rollouts for each prompt ([Y] §4: 1 or 4)"})
-    num_generations_eval: int | None = field(default=1, metadata={"help": "the same in evaluation"})
     group_mean_reward: bool = field(
         default=False, metadata={"help": "subtract the mean reward of a prompt's rollouts, as ReVal does"}
     )
@@ -75,6 +80,7 @@ class TBRMConfig(GRPOConfig):
         if rollouts == 1:
             # GRPOConfig refuses 1 and nothing else about it; it is shown a number that passes.
             self.num_generations = self._planned_generation_batch()
+            self.num_generations_eval = self.num_generations_eval or 1
         try:
             super().__post_init__()
         finally:
@@ -100,6 +106,10 @@ class TBRMConfig(GRPOConfig):
             raise InvalidInputError("behaviour", f"expected policy or reference, found {self.behaviour!r}")
         if self.behaviour == "reference" and self.use_vllm:
             raise InvalidInputError("behaviour", "vLLM holds the policy's weights; the reference generates without it")
+        if self.fused_lm_head and self.temperature != 1.0:
+            raise InvalidInputError(
+                "fused_lm_head", "scores at temperature 1 only, which would be wrong of the policy that sampled"
+            )
         if self.vllm_importance_sampling_correction:
             raise InvalidInputError(
                 "vllm_importance_sampling_correction", "costs a forward pass, and no loss here has a use for it"
@@ -109,6 +119,9 @@ class TBRMConfig(GRPOConfig):
                 "mask_truncated_completions",
                 "a completion cut at max_completion_length is a whole trajectory of that horizon, and counts",
             )
+        for name in _OF_GRPO_ALONE:
+            if getattr(self, name) != GRPOConfig.__dataclass_fields__[name].default:
+                raise InvalidInputError(name, "belongs to GRPO's own loss and would change nothing here")
         if self.sync_ref_model:
             raise InvalidInputError("sync_ref_model", "use reference_reset_steps; replayed rows follow it")
         if self.reference_reset_steps < 0:

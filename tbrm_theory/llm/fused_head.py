@@ -31,9 +31,9 @@ class StartOutput(FusedCausalLMOutput):
     start_logits: Tensor | None = None
 
 
-def add_start_logits(model: PreTrainedModel) -> None:
+def add_start_logits(model: PreTrainedModel, *, entropy: bool = False) -> None:
     """After this ``model(…, labels=…, fused_lm_head=True, start_position=p)`` returns a :class:`StartOutput` at temperature 1."""
-    add_fused_lm_head(model, temperature=1.0, outputs=("log_probs", "entropy"))
+    add_fused_lm_head(model, temperature=1.0, outputs=("log_probs", "entropy") if entropy else ("log_probs",))
     fused = model.forward
 
     @functools.wraps(type(model).forward)
@@ -82,4 +82,5 @@ def fused_token_scores(model: Any, tokens: Tensor, attention_mask: Tensor, steps
     )
     start = output.start_logits
     initial_value = (start if start.dtype == torch.float64 else start.float()).logsumexp(-1)
-    return TokenScores(output.log_probs[:, -steps:], initial_value, None, output.entropy[:, -steps:])
+    entropy = None if output.entropy is None else output.entropy[:, -steps:]
+    return TokenScores(output.log_probs[:, -steps:], initial_value, None, entropy)

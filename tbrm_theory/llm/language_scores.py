@@ -24,8 +24,8 @@ from tbrm_theory.losses import TrajectoryScores
 
 __all__ = ["TokenScores", "completion_scores", "position_ids", "token_scores"]
 
-CHUNK = 4096
-"""Positions whose logits are held in float32 at once."""
+CHUNK = 2**26
+"""Logits held in float32 at once: 256 MiB for each table made of them."""
 
 
 class TokenScores(NamedTuple):
@@ -37,13 +37,13 @@ class TokenScores(NamedTuple):
     """``V_θ(s_1)``, at the last position of the prompt, ``(B,)``."""
     value: Tensor | None
     """``V_θ(s_h) = logsumexp`` of the logits that chose the token, ``(B, C)``; None where they were never all at hand."""
-    entropy: Tensor
-    """``H(π_θ(·|s_h))`` in nats, ``(B, C)``."""
+    entropy: Tensor | None
+    """``H(π_θ(·|s_h))`` in nats, ``(B, C)``; None if not asked for."""
 
     def rows(self, index: Tensor) -> TokenScores:
         """Those rows."""
-        value = None if self.value is None else self.value[index]
-        return TokenScores(self.log_policy[index], self.initial_value[index], value, self.entropy[index])
+        value, entropy = (None if table is None else table[index] for table in (self.value, self.entropy))
+        return TokenScores(self.log_policy[index], self.initial_value[index], value, entropy)
 
 
 def position_ids(attention_mask: Int[Tensor, "rows positions"]) -> Int[Tensor, "rows positions"]:
@@ -56,32 +56,43 @@ def token_scores(
     tokens: Int[Tensor, "rows steps"],
     *,
     temperature: float = 1.0,
+    entropy: bool = False,
     chunk: int = CHUNK,
 ) -> TokenScores:
-    """The scores of ``tokens`` under ``softmax(logits / temperature)``, in float32 or the logits' own float64."""
+    """The scores of ``tokens`` under ``softmax(logits / temperature)``, in float32 or the logits' own float64.
+
+    Args:
+        chunk: logits handled at once; it changes the memory, not the result.
+
+    Raises:
+        InvalidInputError: no tokens.
+    """
     if tokens.numel() == 0:
         raise InvalidInputError("tokens", f"expected at least one, found shape {tuple(tokens.shape)}")
     flat, chosen = logits.flatten(0, 1), tokens.flatten()
+    positions = max(1, chunk // logits.shape[-1])
     recompute = torch.is_grad_enabled() and logits.requires_grad
     pieces = []
-    for start in range(0, len(chosen), chunk):
-        piece = flat[start : start + chunk], chosen[start : start + chunk], temperature
+    for start in range(0, len(chosen), positions):
+        piece = flat[start : start + positions], chosen[start : start + positions], temperature, entropy
         if recompute:
             pieces.append(checkpoint(_chunk_scores, *piece, use_reentrant=False, preserve_rng_state=False))
         else:
             pieces.append(_chunk_scores(*piece))
-    log_policy, value, entropy = (torch.cat(parts).view(tokens.shape) for parts in zip(*pieces, strict=True))
-    return TokenScores(log_policy, value[:, 0], value, entropy)
+    tables = [torch.cat(parts).view(tokens.shape) for parts in zip(*pieces, strict=True)]
+    return TokenScores(tables[0], tables[1][:, 0], tables[1], tables[2] if entropy else None)
 
 
 def _chunk_scores(
-    logits: Float[Tensor, "positions words"], tokens: Int[Tensor, " positions"], temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    logits: Float[Tensor, "positions words"], tokens: Int[Tensor, " positions"], temperature: float, entropy: bool
+) -> tuple[Tensor, ...]:
     logits = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
     value = logits.logsumexp(-1)
-    log_policy = logits - value.unsqueeze(-1)
-    entropy = -torch.where(log_policy > -torch.inf, log_policy.exp() * log_policy, 0.0).sum(-1)
-    return log_policy.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), value, entropy
+    log_policy = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - value
+    if not entropy:
+        return log_policy, value
+    mean_logit = (logits.softmax(-1) * torch.where(logits > -torch.inf, logits, 0.0)).sum(-1)
+    return log_policy, value, value - mean_logit
 
 
 def completion_scores(
@@ -122,6 +133,6 @@ def completion_scores(
         first_logit=tokens.initial_value + log_policy[:, 0],
         value=None if tokens.value is None else moved(tokens.value),
         reward=torch.where(last, trajectory_return.unsqueeze(-1), 0.0),  # the outcome is known with the last token
-        entropy=moved(tokens.entropy),
+        entropy=None if tokens.entropy is None else moved(tokens.entropy),
         **{name: moved(table).to(dtype) for name, table in further.items()},
     )

@@ -26,6 +26,7 @@ from tbrm_theory.llm.fused_head import add_start_logits, fused_token_scores
 from tbrm_theory.llm.language_scores import TokenScores, position_ids, token_scores
 from tbrm_theory.llm.model_copies import base_model, frozen_copy, takes_position_ids, without_dropout
 from tbrm_theory.llm.part_timer import PartTimer
+from tbrm_theory.losses import LOSSES
 
 __all__ = ["ReferenceTrainer", "StepSeconds"]
 
@@ -63,15 +64,14 @@ class ReferenceTrainer(GRPOTrainer):
         finally:
             args.beta = beta
         self.beta = beta
-        if own_reference is not None:
-            self.ref_model = self._placed(own_reference)
         self._check_model()
-        models = [self.model] if self.ref_model is None else [self.model, self.accelerator.unwrap_model(self.ref_model)]
-        for each in models:
-            if args.disable_dropout:
-                without_dropout(each)
-            if args.fused_lm_head:
-                add_start_logits(base_model(each))
+        self._fitted(self.model)
+        if own_reference is not None:
+            self.ref_model = self._placed(self._fitted(own_reference))
+        elif self.ref_model is not None:
+            self._fitted(self.accelerator.unwrap_model(self.ref_model))
+        if args.reference_reset_steps and self.ref_model is None:
+            raise InvalidInputError("reference_reset_steps", "an adapter's reference is its base model and stays")
         self._takes_position_ids = takes_position_ids(self.model)
         self._reference_version = 0
         self._collected: dict[str, Tensor] = {}
@@ -80,13 +80,23 @@ class ReferenceTrainer(GRPOTrainer):
         if args.reference_reset_steps:
             self.add_callback(_ReferenceReset(self, args.reference_reset_steps))
 
+    @property
+    def _needs_entropy(self) -> bool:
+        return "entropy" in LOSSES[self.args.loss].fields
+
     def _check_model(self) -> None:
         if self._is_vlm:
             raise InvalidInputError("processing_class", "expected a tokenizer; rows of images are not kept")
         if self.aux_loss_enabled:
             raise InvalidInputError("router_aux_loss_coef", "expected 0: the router's loss is not added to this one")
-        if self.args.reference_reset_steps and self.ref_model is None:
-            raise InvalidInputError("reference_reset_steps", "an adapter's reference is its base model and stays")
+
+    def _fitted(self, model: Any) -> Any:
+        """The model without dropout, and with the head that the settings ask for."""
+        if self.args.disable_dropout:
+            without_dropout(model)
+        if self.args.fused_lm_head:
+            add_start_logits(base_model(model), entropy=self._needs_entropy)
+        return model
 
     def _placed(self, reference: PreTrainedModel) -> Any:
         """The copy where TRL would have put its own."""
@@ -125,7 +135,7 @@ class ReferenceTrainer(GRPOTrainer):
                 input_ids=ids, attention_mask=attention_mask, logits_to_keep=steps + 1, use_cache=False, **positions
             ).logits
         before, tokens = logits[:, -steps - 1 : -1], ids[:, -steps:]
-        scores = token_scores(before, tokens)
+        scores = token_scores(before, tokens, entropy=self._needs_entropy)
         if self.temperature == 1.0 or torch.is_grad_enabled():
             return scores, scores.log_policy
         return scores, token_scores(before, tokens, temperature=float(self.temperature)).log_policy
@@ -200,8 +210,8 @@ class StepSeconds(TrainerCallback):
     def __init__(self, timer: PartTimer, metrics: dict[str, list[float]]) -> None:
         self.timer, self.metrics = timer, metrics
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.timer.lap()
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.timer.lap()  # saving and evaluating between steps belong to no step
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.timer.start("update")

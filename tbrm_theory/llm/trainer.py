@@ -45,6 +45,10 @@ class TBRMTrainer(ReferenceTrainer):
 
     _tag_names = ["trl", "tbrm"]  # noqa: RUF012
     _name = "TBRM"
+    _paper = {  # noqa: RUF012  (of the model card, which would name GRPO's)
+        "title": "Trajectory Bellman Residual Minimization: A Simple Value-Based Method for LLM Reasoning",
+        "id": "2505.15311",
+    }
 
     provides: ClassVar[frozenset[str]] = frozenset(
         {"log_policy", "log_reference", "mask", "initial_value", "trajectory_return", "first_logit", "value", "reward"}
@@ -161,8 +165,11 @@ class TBRMTrainer(ReferenceTrainer):
         return [batch_of(rows[i : i + size], pad_token_id=pad, device=device) for i in range(0, len(rows), size)]
 
     def _with_current_reference(self, inputs: Batch) -> Batch:
-        """Rows scored by a reference that has been reset since are scored again."""
-        if bool((inputs["reference_version"] == self._reference_version).all()):
+        """Rows scored by a reference that has been reset since are scored again, by all processes or by none."""
+        if not self.args.reference_reset_steps:
+            return inputs
+        stale = (inputs["reference_version"] != self._reference_version).any()
+        if not bool(self.accelerator.gather(stale).any()):
             return inputs
         with self._reference() as reference, torch.no_grad(), self.timer.part("reference"):
             scores, _ = self._forward(reference, *_text(inputs))
@@ -185,7 +192,7 @@ class TBRMTrainer(ReferenceTrainer):
             scores = None
             trained = [tokens.log_policy, tokens.initial_value, *fields.values()]
             loss = torch.stack([table.sum() * 0.0 for table in trained if table.requires_grad]).sum()
-        self._log_diagnostics(scores, counted)
+        self._log_diagnostics(scores, counted, age=self.state.global_step - inputs["sampled_at"])
         return loss / (self.current_gradient_accumulation_steps if self._mode == "train" else 1)
 
     def _loss(self, scores: TrajectoryScores) -> Tensor:
@@ -226,13 +233,14 @@ class TBRMTrainer(ReferenceTrainer):
 
     # -- diagnostics -------------------------------------------------------------------------------------
 
-    def _log_diagnostics(self, scores: TrajectoryScores | None, counted: Tensor) -> None:
-        """Means over the counted rows of all processes, and what theory.md makes of them."""
-        names = diagnostics.ROW_DIAGNOSTICS
+    def _log_diagnostics(self, scores: TrajectoryScores | None, counted: Tensor, *, age: Tensor) -> None:
+        """Means over the counted rows of all processes, and what theory.md makes of them; ``age`` in steps since sampling."""
+        names = (*diagnostics.ROW_DIAGNOSTICS, "age")
         table = torch.full((len(counted), len(names)), torch.nan, device=counted.device)
         if scores is not None:
             fixed = TrajectoryScores(**{name: field.detach() for name, field in scores.given().items()})
-            table[counted] = diagnostics.row_diagnostics(fixed, beta=self.beta).to(table)
+            table[counted, :-1] = diagnostics.row_diagnostics(fixed, beta=self.beta).to(table)
+            table[counted, -1] = age[counted].to(table)
             if self._mode == "train" and self._step == 0:
                 self._log_calibration(fixed)
         table = self.accelerator.gather(table)
@@ -240,15 +248,16 @@ class TBRMTrainer(ReferenceTrainer):
         if len(table) == 0:
             return
         metrics = self._metrics[self._mode]
-        for name, mean in zip(names, table.mean(0).tolist(), strict=True):
-            metrics[f"tbrm/{name}"].append(mean)
         column = dict(zip(names, table.T, strict=True))
+        for name in diagnostics.ROW_DIAGNOSTICS:
+            metrics[f"tbrm/{name}"].append(column[name].mean().item())
         log_weight = column["log_weight"]
         bound, log_kappa = diagnostics.on_policy_bound(column["residual"] / self.beta, log_weight, beta=self.beta)
         metrics["tbrm/theorem2_estimate"].append(bound)
         metrics["tbrm/log_kappa_optimal_estimate"].append(log_kappa)
-        kind = "replay" if self._replaying else "batch"
+        kind = "replay" if self._replaying and self._mode == "train" else "batch"
         metrics[f"{kind}/log_one_plus_chi_squared"].append(diagnostics.log_second_moment(log_weight))
+        metrics[f"{kind}/age"].append(column["age"].mean().item())
 
     def _log_calibration(self, scores: TrajectoryScores) -> None:
         """[R] Prop. 1 at the first step: with no reward a calibrated loss is 0; TBRM's is ``E V_ref(s_1)²`` (theory.md X6)."""
