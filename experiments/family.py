@@ -1,24 +1,25 @@
 """The family of theory.md §5 side by side: every loss trained on-policy on six problems whose exact optimum is known.
 
-Each method starts at the reference policy with `V = 0` (logits `log π_ref`), draws the same number of prompts for every update, `n` = 1 or 4
-rollouts for each (at `n` = 4 an update costs four times the samples), and takes one Adam step on them. Tuning is fair: every method has the
-same number of grid points, learning rates over the same range, by themselves or fewer of them times three values of the one coefficient
-that the method has (`coefficient` in a row: the rate of log Z, the critic or the value model as a multiple of the policy's; updates
-between refreshes of a frozen copy; rollouts of the reference for A*-PO, which count as samples; the factor on β in GRPO's penalty). The
-winner has the lowest interquartile mean, over the tuning seeds, of the final regret; other seeds are reported by the same number.
+Each method starts at the reference policy with `V = 0` (logits `log π_ref`), draws the same number of prompts for every update, `n`
+= 1 or 4 rollouts for each (at `n` = 4 an update costs four times the samples), and takes one Adam step on them. Tuning is fair:
+every method has the same number of grid points, learning rates over the same range, by themselves or fewer of them times three
+values of the one coefficient that the method has (`coefficient` in a row: the rate of log Z, the critic or the value model as a
+multiple of the policy's; updates between refreshes of a frozen copy; rollouts of the reference for A*-PO, which count as samples;
+the factor on β in GRPO's penalty). The winner has the lowest interquartile mean, over the tuning seeds, of the final regret; other
+seeds are reported by the same number.
 
 Losses that are mathematically one method are trained once, and a cell checks that they give the same curves at equal settings.
 
-summary.json, all regrets as shares of the initial one (the reference policy's): `final` (by n, problem and method: interquartile mean and
-both ends of the 95 % bootstrap interval over seeds), `overall` (by n and method: the same over all problems, resampled within problems),
-`samples_to_one_percent` (by n, problem and method: trajectories until the interquartile mean is at most 1 % for the first time; null if
-never), `winners` (learning rate and coefficient), `winners_at_edge` (those whose learning rate is the lowest or highest of the grid),
-`winners_at_edge_share`, `same_as` (which methods are one, and the largest difference of their curves), `consumption` (Table 2 of [Y],
-measured: regression or policy gradient, single rollout, single model, trajectory reward, models, backward passes), `unexpected`,
-`verdict`, `seconds`.
+summary.json, all regrets as shares of the initial one (the reference policy's): `final` (by n, problem and method: interquartile
+mean and both ends of the 95 % bootstrap interval over seeds), `overall` (by n and method: the same over all problems, resampled
+within problems), `samples_to_one_percent` (by n, problem and method: trajectories until the interquartile mean is at most 1 % for
+the first time; null if never), `winners` (learning rate and coefficient), `winners_at_edge` (those whose learning rate is the
+lowest or highest of the grid), `winners_at_edge_share`, `same_as` (which methods are one, and the largest difference of their
+curves), `consumption` (Table 2 of [Y], measured: regression or policy gradient, single rollout, single model, trajectory reward,
+models, backward passes), `unexpected`, `verdict`, `seconds`.
 
-Exit status 1 if methods that are one give different curves or were not compared, if a loss consumes other scores than it declares, or if
-a tuned method ends no better than the reference policy (DAPO excepted, which has no KL penalty).
+Exit status 1 if methods that are one give different curves or were not compared, if a loss consumes other scores than it declares,
+or if a tuned method ends no better than the reference policy (DAPO excepted, which has no KL penalty).
 """
 
 from __future__ import annotations
@@ -92,8 +93,8 @@ SAME = {
     "rloo": ("vargrad", lambda beta: 2 / beta),
     "pairwise": ("vargrad", lambda beta: 0.5),
 }
-"""Methods that are another one, and the factor between their gradients: I5; `V_ref = 0` at this start; both train an offset of their own;
-(β/2)∇VarGrad; I10."""
+"""Methods that are another one, and the factor between their gradients: I5; `V_ref = 0` at this start; both train an offset of their
+own; (β/2)∇VarGrad; I10."""
 SAME_CURVES = 1e-6
 QUARTERS_LEAST = 4  # runs for an interquartile mean
 
@@ -326,9 +327,7 @@ def main(config: Config) -> int:
         return summarise(rows, config, seconds)
 
     shown = ("final", "overall", "samples_to_one_percent", "winners", "consumption")
-    return run_experiment(
-        "family", config, cells(config), finish, lambda _, summary: tables(summary), in_tables=shown
-    )
+    return run_experiment("family", config, cells(config), finish, lambda _, summary: tables(summary), in_tables=shown)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """On-policy training of tabular logits with any loss of the family, hundreds of settings in one run, judged by the exact regret.
 
-An update draws ``prompts`` first states from ``ρ`` and ``group_size`` rollouts of the current ``π_θ`` for each, computes the loss once and
-takes one step of Adam: nothing is used twice. Logits start as ``log π_ref``, so that ``V_θ = 0`` and ``π_θ = π_ref`` at the start (the
-calibrated one of X6); an offset in their place would be a handicap of those losses alone that read ``V_θ``. What a loss trains besides the
-policy (``log Z``, the value model, the critic) starts at 0, which is the same number, and has a learning rate of its own.
+An update draws ``prompts`` first states from ``ρ`` and ``group_size`` rollouts of the current ``π_θ`` for each, computes the loss
+once and takes one step of Adam: nothing is used twice. Logits start as ``log π_ref``, so that ``V_θ = 0`` and ``π_θ = π_ref`` at
+the start (the calibrated one of X6); an offset in their place would be a handicap of those losses alone that read ``V_θ``. What a
+loss trains besides the policy (``log Z``, the value model, the critic) starts at 0, which is the same number, and has a learning
+rate of its own.
 
 The first two dimensions of everything are the points of a grid and the seeds. A seed's random numbers are its own and the same at all
 points, so a point's curves do not depend on what else is trained beside it, and points are compared on the same luck.
@@ -28,6 +29,7 @@ from tbrm_theory.mdp import RegularizedMDP
 from tbrm_theory.training import exact_regret
 
 __all__ = ["Curves", "Plan", "Point", "train", "trained_besides"]
+
 
 @dataclass(frozen=True)
 class Point:
