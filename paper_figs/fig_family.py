@@ -58,7 +58,8 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
     sizes = sorted({row["n"] for row in rows})
     problems = list(dict.fromkeys(row["problem"] for row in rows if row["problem"] != "all"))
     figure = plt.figure(figsize=(3.3 * len(problems), 3.4 * len(sizes) + 7.5), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=(3.4 * len(sizes), 7))
+    halves: Any = figure.subfigures(2, 1, height_ratios=(3.4 * len(sizes), 7))
+    upper, lower = halves
     axes = upper.subplots(len(sizes), len(problems), squeeze=False, sharey=True)
     for i, n in enumerate(sizes):
         for j, problem in enumerate(problems):
@@ -69,7 +70,7 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
     upper.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize=9)
     for n, axis in zip(sizes, lower.subplots(1, len(sizes), squeeze=False)[0], strict=True):
         _finals(axis, [row for row in rows if row["n"] == n], [*problems, "all"])
-        axis.set_title(f"final regret in % of the initial one, n = {n} (best of each column in bold)", fontsize=10)
+        axis.set_title(f"final regret, % of the initial one, n = {n}", fontsize=10)
     return figure
 
 
@@ -96,7 +97,11 @@ def _finals(axis: Axes, rows: list[dict[str, Any]], problems: list[str]) -> None
     best = table.min(0)
     for i, j in np.ndindex(table.shape):
         dark, bold = table[i, j] > 3, table[i, j] == best[j]
-        style = {"color": "white" if dark else "black", "fontsize": 8, "fontweight": "bold" if bold else "normal"}
+        style: dict[str, Any] = {
+            "color": "white" if dark else "black",
+            "fontsize": 8,
+            "fontweight": "bold" if bold else "normal",
+        }
         axis.text(j, i, f"{table[i, j]:.2g}", ha="center", va="center", **style)
     axis.set_xticks(range(len(problems)), [problem.replace("-", "\n") for problem in problems], fontsize=8)
     axis.set_yticks(range(len(methods)), methods, fontsize=8)

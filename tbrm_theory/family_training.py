@@ -43,7 +43,7 @@ class Point:
     reference_rollouts: int = 16
     """Rollouts of ``π_ref`` from each first state before training, for a baseline that needs them (A*-PO)."""
     temperature: float = 1.0
-    """The β that the loss is given, as a multiple of the problem's: GRPO divides rewards by their spread, so that its KL penalty weighs
+    """The β that the loss is given, as a multiple of the problem's: GRPO divides rewards by their spread, so its penalty weighs
     otherwise."""
 
     def __post_init__(self) -> None:
@@ -67,8 +67,8 @@ class Plan:
     evaluations: int = 30
     """How often the exact regret is computed, evenly over the run and at both ends."""
     scale: float = 1.0
-    """A factor on the loss. Adam does not see it but for its ``epsilon``; with it, losses whose gradients differ by a known factor train
-    identically to the last bits."""
+    """A factor on the loss. Adam does not see it but for its ``epsilon``; with it, losses whose gradients differ by a known factor
+    train identically to the last bits."""
     epsilon: float = 1e-8
     """Adam's."""
 
