@@ -86,7 +86,7 @@ COEFFICIENTS: dict[str, tuple[str, tuple[float, ...]] | None] = {
     "ppo": (COMPANION, (1.0, 3.0, 10.0)),
 }
 """The methods, each with the coefficient that is tuned and its values."""
-SAME = {
+SAME: dict[str, tuple[str, Callable[[float], float]]] = {
     "tbrm-first-logit": ("tbrm", lambda beta: 1.0),
     "reval": ("tbrm", lambda beta: 1.0),
     "dro": ("trajectory-balance", lambda beta: 1.0),

@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT / "paper_figs"))
 
 import family  # noqa: E402
 import fig_family  # noqa: E402
+from table_figure import Options  # noqa: E402
 
 SMALL = family.Config(
     updates=8,
@@ -215,15 +216,15 @@ def test_settings_that_make_no_sense_are_refused(change: dict[str, Any], field: 
 
 
 def test_the_table_is_extracted_and_drawn(run: Path, tmp_path: Path) -> None:
-    fig_family.main(fig_family.Options(results=run, data=tmp_path, out=tmp_path))
+    fig_family.main(Options(results=run, data=tmp_path, out=tmp_path))
     rows = json.loads((tmp_path / "family.json").read_text())
     assert len(rows) == 2 * 3 + 3  # curves, and what is over all problems
     drawn = fig_family.draw(rows)
     lines = {line.get_label(): line for line in drawn.axes[0].get_lines()}
-    assert list(lines["TB = DRO"].get_ydata()) == rows[0]["share"]
+    assert np.asarray(lines["TB = DRO"].get_ydata()).tolist() == rows[0]["share"]
 
 
 def test_the_figure_is_redrawn_from_the_committed_table(tmp_path: Path) -> None:
     assert torch.get_default_dtype() == torch.float32
-    fig_family.main(fig_family.Options(out=tmp_path))
+    fig_family.main(Options(out=tmp_path))
     assert (tmp_path / "family.pdf").stat().st_size > 10_000
