@@ -1,24 +1,25 @@
 """The family of theory.md §5 side by side: every loss trained on-policy on six problems whose exact optimum is known.
 
-Each method starts at the reference policy with `V = 0` (logits `log π_ref`), draws the same number of prompts for every update, `n` = 1 or 4
-rollouts for each (at `n` = 4 an update costs four times the samples), and takes one Adam step on them. Tuning is fair: every method has the
-same number of grid points, learning rates over the same range, by themselves or fewer of them times three values of the one coefficient
-that the method has (`coefficient` in a row: the rate of log Z, the critic or the value model as a multiple of the policy's; updates
-between refreshes of a frozen copy; rollouts of the reference for A*-PO, which count as samples; the factor on β in GRPO's penalty). The
-winner has the lowest interquartile mean, over the tuning seeds, of the final regret; other seeds are reported by the same number.
+Each method starts at the reference policy with `V = 0` (logits `log π_ref`), draws the same number of prompts for every update, `n`
+= 1 or 4 rollouts for each (at `n` = 4 an update costs four times the samples), and takes one Adam step on them. Tuning is fair:
+every method has the same number of grid points, learning rates over the same range, by themselves or fewer of them times three
+values of the one coefficient that the method has (`coefficient` in a row: the rate of log Z, the critic or the value model as a
+multiple of the policy's; updates between refreshes of a frozen copy; rollouts of the reference for A*-PO, which count as samples;
+the factor on β in GRPO's penalty). The winner has the lowest interquartile mean, over the tuning seeds, of the final regret; other
+seeds are reported by the same number.
 
 Losses that are mathematically one method are trained once, and a cell checks that they give the same curves at equal settings.
 
-summary.json, all regrets as shares of the initial one (the reference policy's): `final` (by n, problem and method: interquartile mean and
-both ends of the 95 % bootstrap interval over seeds), `overall` (by n and method: the same over all problems, resampled within problems),
-`samples_to_one_percent` (by n, problem and method: trajectories until the interquartile mean is at most 1 % for the first time; null if
-never), `winners` (learning rate and coefficient), `winners_at_edge` (those whose learning rate is the lowest or highest of the grid),
-`winners_at_edge_share`, `same_as` (which methods are one, and the largest difference of their curves), `consumption` (Table 2 of [Y],
-measured: regression or policy gradient, single rollout, single model, trajectory reward, models, backward passes), `unexpected`,
-`verdict`, `seconds`.
+summary.json, all regrets as shares of the initial one (the reference policy's): `final` (by n, problem and method: interquartile
+mean and both ends of the 95 % bootstrap interval over seeds), `overall` (by n and method: the same over all problems, resampled
+within problems), `samples_to_one_percent` (by n, problem and method: trajectories until the interquartile mean is at most 1 % for
+the first time; null if never), `winners` (learning rate and coefficient), `winners_at_edge` (those whose learning rate is the
+lowest or highest of the grid), `winners_at_edge_share`, `same_as` (which methods are one, and the largest difference of their
+curves), `consumption` (Table 2 of [Y], measured: regression or policy gradient, single rollout, single model, trajectory reward,
+models, backward passes), `unexpected`, `verdict`, `seconds`.
 
-Exit status 1 if methods that are one give different curves or were not compared, if a loss consumes other scores than it declares, or if
-a tuned method ends no better than the reference policy (DAPO excepted, which has no KL penalty).
+Exit status 1 if methods that are one give different curves or were not compared, if a loss consumes other scores than it declares,
+or if a tuned method ends no better than the reference policy (DAPO excepted, which has no KL penalty).
 """
 
 from __future__ import annotations
@@ -91,15 +92,15 @@ COEFFICIENTS: dict[str, tuple[str, tuple[float, ...]] | None] = {
     "ppo": (COMPANION, (1.0, 3.0, 10.0)),
 }
 """The methods, each with the coefficient that is tuned and its values."""
-SAME = {
+SAME: dict[str, tuple[str, Callable[[float], float]]] = {
     "tbrm-first-logit": ("tbrm", lambda beta: 1.0),
     "reval": ("tbrm", lambda beta: 1.0),
     "dro": ("trajectory-balance", lambda beta: 1.0),
     "rloo": ("vargrad", lambda beta: 2 / beta),
     "pairwise": ("vargrad", lambda beta: 0.5),
 }
-"""Methods that are another one, and the factor between their gradients: I5; `V_ref = 0` at this start; both train an offset of their own;
-(β/2)∇VarGrad; I10."""
+"""Methods that are another one, and the factor between their gradients: I5; `V_ref = 0` at this start; both train an offset of their
+own; (β/2)∇VarGrad; I10."""
 SAME_CURVES = 1e-6
 QUARTERS_LEAST = 4  # runs for an interquartile mean
 
@@ -209,13 +210,13 @@ def tuned(problem: str, method: str, group_size: int, config: Config) -> dict[st
 def compared(problem: str, method: str, group_size: int, config: Config) -> dict[str, Any]:
     """The largest difference between the curves of two methods that are one, at equal settings.
 
-    At low rates and over a quarter of the updates: where the exact gradient is 0, Adam makes a step of what rounding left of it, and
-    at rates of 0.3 such steps decide a draw after a dozen updates.
+    Over a quarter of the updates, and with a large epsilon in Adam: where the exact gradient is 0, plain Adam makes a full step of
+    what rounding left of it, and after a dozen updates such steps decide a draw.
     """
     mdp, (twin, factor) = PROBLEMS[problem](), SAME[method]
-    short, points = config.plan(group_size).updates // 4 + 1, [Point(0.01), Point(0.03)]
-    plain = config.plan(group_size, updates=short)
-    scaled = config.plan(group_size, updates=short, scale=factor(float(mdp.beta)))
+    short, points = config.plan(group_size).updates // 4 + 1, [Point(0.03), Point(0.3)]
+    plain = config.plan(group_size, updates=short, epsilon=0.1)
+    scaled = config.plan(group_size, updates=short, epsilon=0.1, scale=factor(float(mdp.beta)))
     one, other = (shares(train(mdp, loss, points, range(2), plan)) for loss, plan in ((twin, plain), (method, scaled)))
     return {
         "problem": problem,

@@ -43,7 +43,7 @@ def stratified_interval(
     samples = scores[np.arange(problems)[:, None], drawn]  # (resamples, problems, runs, …)
     means = _middle_mean(np.moveaxis(samples.reshape(resamples, problems * runs, *scores.shape[2:]), 0, 1))
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
-    return low, high
+    return np.asarray(low), np.asarray(high)
 
 
 def _middle_mean(scores: Table) -> Table:

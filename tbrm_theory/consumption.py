@@ -19,7 +19,7 @@ __all__ = ["Consumption", "consumption"]
 POLICY_FIELDS = ("log_policy", "initial_value", "first_logit", "value", "entropy")
 SECOND_MODEL_FIELDS = ("critic", "log_partition", "baseline")
 FROZEN_COPY_FIELDS = ("frozen_initial_value", "frozen_value")
-_GROUPS, _GROUP_SIZE, _STEPS, _TRIES = 2, 3, 4, 20
+_GROUPS, _GROUP_SIZE, _STEPS, _TRIES = 2, 3, 4, 6
 
 
 @dataclass(frozen=True)

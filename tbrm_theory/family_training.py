@@ -1,9 +1,10 @@
 """On-policy training of tabular logits with any loss of the family, hundreds of settings in one run, judged by the exact regret.
 
-An update draws ``prompts`` first states from ``ρ`` and ``group_size`` rollouts of the current ``π_θ`` for each, computes the loss once and
-takes one step of Adam: nothing is used twice. Logits start as ``log π_ref``, so that ``V_θ = 0`` and ``π_θ = π_ref`` at the start (the
-calibrated one of X6); an offset in their place would be a handicap of those losses alone that read ``V_θ``. What a loss trains besides the
-policy (``log Z``, the value model, the critic) starts at 0, which is the same number, and has a learning rate of its own.
+An update draws ``prompts`` first states from ``ρ`` and ``group_size`` rollouts of the current ``π_θ`` for each, computes the loss
+once and takes one step of Adam: nothing is used twice. Logits start as ``log π_ref``, so that ``V_θ = 0`` and ``π_θ = π_ref`` at
+the start (the calibrated one of X6); an offset in their place would be a handicap of those losses alone that read ``V_θ``. What a
+loss trains besides the policy (``log Z``, the value model, the critic) starts at 0, which is the same number, and has a learning
+rate of its own.
 
 The first two dimensions of everything are the points of a grid and the seeds. A seed's random numbers are its own and the same at all
 points, so a point's curves do not depend on what else is trained beside it, and points are compared on the same luck.
@@ -29,6 +30,7 @@ from tbrm_theory.training import exact_regret
 
 __all__ = ["Curves", "Plan", "Point", "train", "trained_besides"]
 
+
 @dataclass(frozen=True)
 class Point:
     """One setting of a method."""
@@ -41,7 +43,7 @@ class Point:
     reference_rollouts: int = 16
     """Rollouts of ``π_ref`` from each first state before training, for a baseline that needs them (A*-PO)."""
     temperature: float = 1.0
-    """The β that the loss is given, as a multiple of the problem's: GRPO divides rewards by their spread, so that its KL penalty weighs
+    """The β that the loss is given, as a multiple of the problem's: GRPO divides rewards by their spread, so its penalty weighs
     otherwise."""
 
     def __post_init__(self) -> None:
@@ -65,8 +67,8 @@ class Plan:
     evaluations: int = 30
     """How often the exact regret is computed, evenly over the run and at both ends."""
     scale: float = 1.0
-    """A factor on the loss. Adam does not see it but for its ``epsilon``; with it, losses whose gradients differ by a known factor train
-    identically to the last bits."""
+    """A factor on the loss. Adam does not see it but for its ``epsilon``; with it, losses whose gradients differ by a known factor
+    train identically to the last bits."""
     epsilon: float = 1e-8
     """Adam's."""
 

@@ -5,8 +5,8 @@ with actions that do not exist. One row of logits is then one tensor ``(cells, a
 operations at any horizon. ``sampling`` and ``scores`` do the same one layer at a time, for problems of any size, and judge this module
 in its tests.
 
-Trajectories come from uniform numbers that the caller draws: settings that are given the same ones are compared on the same luck, and a
-setting does not know which others are trained beside it.
+Trajectories come from uniform numbers that the caller draws: settings that are given the same ones are compared on the same luck,
+and a setting does not know which others are trained beside it.
 """
 
 from __future__ import annotations
