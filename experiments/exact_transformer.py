@@ -158,11 +158,13 @@ class Problem:
 
     def score(self, prompts: Sequence[str], completion_ids: Sequence[Sequence[int]], **unused: Any) -> list[float]:
         """The same reward as TRL asks for it: from sampled token ids, of any lengths."""
-        number = {prompt: i for i, prompt in enumerate(self.texts)}
-        return [
-            self.reward(torch.tensor([number[prompt]]), torch.tensor([ids])).item()
-            for prompt, ids in zip(prompts, completion_ids, strict=True)
-        ]
+        prompt = torch.tensor([self.texts.index(text) for text in prompts])
+        lengths = torch.tensor([len(ids) for ids in completion_ids])
+        found = torch.zeros(len(lengths), dtype=torch.float64)
+        for length in lengths.unique().tolist():
+            rows = (lengths == length).nonzero().squeeze(-1)
+            found[rows] = self.reward(prompt[rows], torch.tensor([completion_ids[i] for i in rows.tolist()]))
+        return found.tolist()
 
     @cached_property
     def initial_logits(self) -> PerLayerStateAction:

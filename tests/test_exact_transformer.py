@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
+import multiprocessing
 import sys
 import time
 from dataclasses import asdict, fields, replace
@@ -30,6 +28,7 @@ import tbrm_theory as tt  # noqa: E402
 from tbrm_theory.llm.trainer import TBRMTrainer  # noqa: E402
 from tbrm_theory.losses import tbrm_loss  # noqa: E402
 from tbrm_theory.scores import table_scores  # noqa: E402
+from tbrm_theory.trajectories import trajectory_return  # noqa: E402
 
 pytestmark = language_model_test
 
@@ -37,20 +36,20 @@ TOY = experiment.Config(
     prompts=("0", "11"),
     digits=2,
     horizon=2,
-    hidden_size=16,
-    intermediate_size=16,
-    layers=1,
+    hidden_size=32,
+    intermediate_size=32,
+    layers=2,
     heads=2,
-    initializer_range=0.3,
+    initializer_range=0.1,
     beta=0.3,
-    steps=60,
+    steps=80,
     batch_size=64,
-    learning_rate=0.02,
-    warmup_steps=2,
+    learning_rate=0.01,
+    warmup_steps=4,
     replay_capacity=128,
     evaluations=4,
-    checkpoint_every=10,
-    target=0.1,
+    checkpoint_every=20,
+    target=0.3,
 )
 
 
@@ -66,13 +65,12 @@ def summary_of(results: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of one toy run, from its YAML file through the entry point of all runs; the global states are put back by hand here."""
+    """Of one toy run, from its YAML file through the entry point of all runs."""
     folder = tmp_path_factory.mktemp("results")
-    settings = folder / "toy.yaml"
     given = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(TOY).items()}
-    settings.write_text(yaml.safe_dump({"run": "exact"} | given | {"results": str(folder)}))
-    command = [sys.executable, str(ROOT / "experiments" / "llm_run.py"), "--config", str(settings)]
-    subprocess.run(command, check=True, capture_output=True, timeout=600, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    (folder / "toy.yaml").write_text(yaml.safe_dump({"run": "exact"} | given | {"results": str(folder)}))
+    with torch.random.fork_rng():
+        assert llm_run.main(["--config", str(folder / "toy.yaml")]) == 0
     return folder
 
 
@@ -81,10 +79,10 @@ def test_the_transformer_reaches_the_optimum_of_its_own_tree(results: Path) -> N
     assert summary["verdict"] == "as predicted"
     for phase in ("on_policy", "off_policy", "replay"):
         assert 0 < summary[f"regret_fraction_{phase}"] < TOY.target
-    assert summary["vocabulary"] == 4
+    assert summary["vocabulary"] == 5
     assert summary["horizon"] == 2
     assert min(summary["early_end"]) > 0
-    assert summary["samples"] == 64 * (60 + 60 + 30)
+    assert summary["samples"] == 64 * (80 + 80 + 40)
     assert all(bound > 0 for bound in summary["certificate"].values())
 
 
@@ -97,7 +95,7 @@ def test_the_curves_begin_at_the_reference(results: Path) -> None:
     rows = rows_of(results)
     initial = rows["tree"]["initial_regret"]
     for phase in experiment.PHASES:
-        assert rows[phase]["step"] == [0, 15, 30, 45, 60]
+        assert rows[phase]["step"] == [0, 20, 40, 60, 80]
         for cell in (phase, f"table/{phase}"):
             assert rows[cell]["regret"][0] == pytest.approx(initial, rel=1e-6)
             assert rows[cell]["regret"][-1] < initial
@@ -133,6 +131,7 @@ def test_the_figure_draws_the_runs_table(results: Path) -> None:
 class Watched(TBRMTrainer):
     """Keeps the rows that its losses read, the values, and the policy's own probabilities of that moment."""
 
+    problem: experiment.Problem
     seen: list[dict[str, Any]]
 
     def _compute_loss(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -147,9 +146,10 @@ def test_the_trainers_loss_is_that_of_the_table_on_its_own_samples(
 ) -> None:
     """The trainer's rows, as trajectories of the tree, give the tabular loss of the model's logits: the same function, two roads."""
     problem = experiment.Problem(replace(TOY, steps=4, batch_size=24, evaluations=1, checkpoint_every=4))
+    seen: list[dict[str, Any]] = []
     monkeypatch.setattr(experiment, "TBRMTrainer", Watched)
     monkeypatch.setattr(Watched, "problem", problem, raising=False)
-    monkeypatch.setattr(Watched, "seen", seen := [], raising=False)
+    monkeypatch.setattr(Watched, "seen", seen, raising=False)
     experiment.train(problem, phase, tmp_path)
     assert len(seen) == 4
     for entry in seen:
@@ -196,47 +196,53 @@ def test_who_writes_the_responses(phase: str, sampler: str, tmp_path: Path, monk
 
 
 def test_the_reward_of_sampled_ids_is_that_of_the_tree() -> None:
-    problem = experiment.Problem(replace(TOY, prompts=("0", "12", "5"), digits=6, horizon=3))
-    tokens = {(4, 2, 1): (1, 0, 0), (3, 1): (0, 0, 1), (1,): (0, 0, 0), (2, 4, 4): (0, 0, 0), (2, 0, 1): (0, 0, 0)}
-    for ids, expected in tokens.items():
-        given = problem.score(list(problem.config.prompts), [list(ids)] * 3)
-        assert given == [0.0 if i != 1 else e for i, e in enumerate(expected)] or given == list(map(float, expected))
+    """Digits d are the tokens d + 2; the end is 1, padding 0, the mark 5."""
+    problem = experiment.Problem(replace(TOY, prompts=("0", "12", "21"), digits=3, horizon=3))
+    paid = {
+        (4, 2, 1): [1.0, 1.0, 0.0],  # "20" and the end
+        (3, 1): [0.0, 0.0, 1.0],
+        (1,): [0.0, 0.0, 0.0],
+        (2, 4, 4): [0.0, 0.0, 0.0],  # truncated
+        (2, 0, 1): [0.0, 0.0, 0.0],
+        (2, 5, 1): [0.0, 0.0, 0.0],
+    }
+    for ids, expected in paid.items():
+        assert problem.score(problem.texts, [list(ids)] * 3) == expected
+        batch = problem.tree.trajectories(problem.tree.prompts, [ids] * 3)
+        assert trajectory_return(problem.mdp, batch).tolist() == expected
+
+
+def test_no_two_states_are_one_text() -> None:
+    """What the mark is for: no prompt begins another one."""
+    problem = experiment.Problem(experiment.Config())
+    for i, prompt in enumerate(problem.tree.prompts):
+        assert not any(prompt[: len(other)] == other for j, other in enumerate(problem.tree.prompts) if j != i)
 
 
 # -- interruptions -----------------------------------------------------------------------------------------------------
 
 
 def test_a_run_killed_inside_a_part_goes_on_to_the_same_numbers(results: Path, tmp_path: Path) -> None:
-    """kill -9 in the middle of each kind of run; complete parts are not repeated."""
-    command = [
-        sys.executable,
-        "experiments/llm_run.py",
-        "--config",
-        str(results / "toy.yaml"),
-        "--results",
-        str(tmp_path),
-    ]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    """kill -9 in the middle of two of the three runs; complete parts are not repeated."""
+    config = replace(TOY, results=tmp_path)
+    fork = multiprocessing.get_context("fork")  # what is imported stays so; a child is killed, not this process
     for phase in ("on-policy", "replay"):
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        child = fork.Process(target=experiment.main, args=(config,))
+        child.start()
         deadline = time.monotonic() + 300
         wanted = f"exact_cpu/*/checkpoints/{phase}/checkpoint-20/tbrm_state_0.safetensors"
-        while not list(tmp_path.glob(wanted)) and process.poll() is None and time.monotonic() < deadline:
+        while not list(tmp_path.glob(wanted)) and child.is_alive() and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert process.poll() is None, "it ended before it could be killed"
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert child.is_alive(), "it ended before it could be killed"
+        child.kill()
+        child.join()
         assert phase not in rows_of(tmp_path)
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=600)
+    assert experiment.main(config) == 0
     assert len([path for path in (tmp_path / "exact_cpu").iterdir() if not path.is_symlink()]) == 1
     interrupted, whole = rows_of(tmp_path), rows_of(results)
-    assert interrupted.keys() == whole.keys()
+    assert list(interrupted) == list(whole)
     for cell, row in whole.items():
-        assert {key: value for key, value in interrupted[cell].items() if key != "seconds"} == {
-            key: value for key, value in row.items() if key != "seconds"
-        }
+        assert interrupted[cell] | {"seconds": None} == row | {"seconds": None}
 
 
 def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path: Path) -> None:
