@@ -90,6 +90,8 @@ class Config:
     """Responses for each update, the prompts in turn."""
     learning_rate: float = 5e-3
     """Adam's, after a warm-up and falling to 0 in a straight line."""
+    adam_beta2: float = 0.98
+    """Gradients shrink a hundredfold with the residual; at the usual 0.999 their early size would hold the late steps back."""
     warmup_steps: int = 20
     replay_capacity: int = 1536
     """Responses kept."""
@@ -248,6 +250,7 @@ def train(problem: Problem, phase: str, folder: Path) -> dict[str, Any]:
         learning_rate=config.learning_rate,
         warmup_steps=config.warmup_steps,
         lr_scheduler_type="linear",
+        adam_beta2=config.adam_beta2,
         max_grad_norm=0.0,
         shuffle_dataset=False,
         seed=config.seed,

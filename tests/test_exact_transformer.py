@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 import yaml
 from tiny_language_models import language_model_test, own_randomness  # noqa: F401 - a fixture
+from transformers import LlamaForCausalLM
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -25,6 +27,7 @@ import fig_exact_cpu  # noqa: E402
 import llm_run  # noqa: E402
 
 import tbrm_theory as tt  # noqa: E402
+from tbrm_theory.llm.run_files import read_settings  # noqa: E402
 from tbrm_theory.llm.trainer import TBRMTrainer  # noqa: E402
 from tbrm_theory.losses import tbrm_loss  # noqa: E402
 from tbrm_theory.scores import table_scores  # noqa: E402
@@ -117,11 +120,11 @@ def test_the_figure_draws_the_runs_table(results: Path) -> None:
     drawn = fig_exact_cpu.extract(list(rows_of(results).values()))
     figure = fig_exact_cpu.draw(drawn)
     for axis, phase in zip(figure.axes, experiment.PHASES, strict=True):
-        table, transformer, target = (line.get_xydata() for line in axis.lines)
+        table, transformer, target = (np.asarray(line.get_ydata()).tolist() for line in axis.lines)
         by_cell = {row["cell"]: row for row in drawn}
-        assert transformer[:, 1].tolist() == by_cell[phase]["share"]
-        assert table[:, 1].tolist() == by_cell[f"table/{phase}"]["share"]
-        assert target[0, 1] == 0.02
+        assert transformer == by_cell[phase]["share"]
+        assert table == by_cell[f"table/{phase}"]["share"]
+        assert target == [0.02, 0.02]
     plt.close(figure)
 
 
@@ -170,13 +173,13 @@ def test_who_writes_the_responses(phase: str, sampler: str, tmp_path: Path, monk
     """The off-policy run asks the reference alone for responses; the policy is far from it here."""
     problem = experiment.Problem(replace(TOY, steps=3, batch_size=24, evaluations=1))
     asked: list[Any] = []
-    own = experiment.LlamaForCausalLM.generate
+    own = LlamaForCausalLM.generate
 
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         asked.append(self)
         return own(self, *args, **kwargs)
 
-    monkeypatch.setattr(experiment.LlamaForCausalLM, "generate", generate)
+    monkeypatch.setattr(LlamaForCausalLM, "generate", generate)
     trainers: list[TBRMTrainer] = []
 
     class Kept(TBRMTrainer):
@@ -261,7 +264,7 @@ def test_the_committed_settings_are_of_the_size_that_was_asked_for() -> None:
     given = yaml.safe_load((ROOT / "experiments" / "configs" / "exact_cpu.yaml").read_text())
     assert given.pop("run") == "exact"
     assert given.keys() <= {field.name for field in fields(experiment.Config)}
-    config = llm_run.read_settings(["--config", str(ROOT / "experiments/configs/exact_cpu.yaml")], experiment.Config)
+    config = read_settings(["--config", str(ROOT / "experiments/configs/exact_cpu.yaml")], experiment.Config)
     problem = experiment.Problem(config)
     assert problem.tree.vocabulary >= 8
     assert problem.tree.horizon >= 5
