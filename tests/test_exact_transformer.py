@@ -45,14 +45,14 @@ TOY = experiment.Config(
     heads=2,
     initializer_range=0.1,
     beta=0.3,
-    steps=80,
-    batch_size=64,
+    steps=40,
+    batch_size=48,
     learning_rate=0.01,
     warmup_steps=4,
-    replay_capacity=128,
+    replay_capacity=96,
     evaluations=4,
-    checkpoint_every=20,
-    target=0.3,
+    checkpoint_every=10,
+    target=0.5,
 )
 
 
@@ -85,7 +85,7 @@ def test_the_transformer_reaches_the_optimum_of_its_own_tree(results: Path) -> N
     assert summary["vocabulary"] == 5
     assert summary["horizon"] == 2
     assert min(summary["early_end"]) > 0
-    assert summary["samples"] == 64 * (80 + 80 + 40)
+    assert summary["samples"] == 48 * (40 + 40 + 20)
     assert all(bound > 0 for bound in summary["certificate"].values())
 
 
@@ -98,7 +98,7 @@ def test_the_curves_begin_at_the_reference(results: Path) -> None:
     rows = rows_of(results)
     initial = rows["tree"]["initial_regret"]
     for phase in experiment.PHASES:
-        assert rows[phase]["step"] == [0, 20, 40, 60, 80]
+        assert rows[phase]["step"] == [0, 10, 20, 30, 40]
         for cell in (phase, f"table/{phase}"):
             assert rows[cell]["regret"][0] == pytest.approx(initial, rel=1e-6)
             assert rows[cell]["regret"][-1] < initial
@@ -109,11 +109,14 @@ def test_a_regret_above_the_target_is_unexpected(results: Path) -> None:
     strict = experiment.summarise(1e-9, rows, 0.0)
     assert [line.split(":")[0] for line in strict["unexpected"]] == list(experiment.PHASES)
     small = [row | {"initial_regret": 0.1} if row["cell"] == "tree" else row for row in rows]
-    assert "the initial regret is 10.0% of the reward's range" in experiment.summarise(0.1, small, 0.0)["unexpected"]
+    assert (
+        "the initial regret is 10.0% of the reward's range"
+        in experiment.summarise(TOY.target, small, 0.0)["unexpected"]
+    )
     silent = [row | {"early_end": [0.0, 0.1]} if row["cell"] == "tree" else row for row in rows]
-    assert experiment.summarise(0.1, silent, 0.0)["unexpected"] == ["no response ends early"]
+    assert experiment.summarise(TOY.target, silent, 0.0)["unexpected"] == ["no response ends early"]
     loose = [row | {"certificate": 0.0} if row["cell"] == "replay" else row for row in rows]
-    assert experiment.summarise(0.1, loose, 0.0)["unexpected"] == ["replay: certificate below the regret"]
+    assert experiment.summarise(TOY.target, loose, 0.0)["unexpected"] == ["replay: certificate below the regret"]
 
 
 def test_the_figure_draws_the_runs_table(results: Path) -> None:
@@ -225,7 +228,9 @@ def test_no_two_states_are_one_text() -> None:
 # -- interruptions -----------------------------------------------------------------------------------------------------
 
 
-def test_a_run_killed_inside_a_part_goes_on_to_the_same_numbers(results: Path, tmp_path: Path) -> None:
+def test_a_run_killed_inside_a_part_goes_on_to_the_same_numbers(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """kill -9 in the middle of two of the three runs; complete parts are not repeated."""
     config = replace(TOY, results=tmp_path)
     fork = multiprocessing.get_context("fork")  # what is imported stays so; a child is killed, not this process
@@ -240,7 +245,17 @@ def test_a_run_killed_inside_a_part_goes_on_to_the_same_numbers(results: Path, t
         child.kill()
         child.join()
         assert phase not in rows_of(tmp_path)
+    trained: list[int] = []
+    own = TBRMTrainer.training_step
+
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        trained.append(self.state.global_step)
+        return own(self, *args, **kwargs)
+
+    monkeypatch.setattr(TBRMTrainer, "training_step", training_step)
     assert experiment.main(config) == 0
+    assert trained[0] >= 20  # of the last of the three runs, the only one left
+    assert trained == list(range(trained[0], TOY.steps))
     assert len([path for path in (tmp_path / "exact_cpu").iterdir() if not path.is_symlink()]) == 1
     interrupted, whole = rows_of(tmp_path), rows_of(results)
     assert list(interrupted) == list(whole)
