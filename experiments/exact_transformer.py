@@ -6,7 +6,7 @@ responses and their rewards, one for each prompt (n = 1), and nothing of the tre
 stop; the answer is the last digit before the end, and right if it is even or odd as the prompt's last digit is. Only the finished
 response is paid, 1 or 0; one that runs into the horizon gets 0. A prompt is digits and `=`: without that mark "1" answered by "3"
 and "13" not answered yet are one text, and with rotary positions "1" and "11" are alike too, attention averaging equal values;
-such states share their logits, the optimum is then out of reach, and a tenth of the regret stayed.
+such states share their logits, and an optimum that tells them apart is out of reach.
 
 Parts, each recorded when it is complete, and taken up again inside from the trainer's checkpoint:
 

@@ -225,6 +225,20 @@ def test_no_two_states_are_one_text() -> None:
         assert not any(prompt[: len(other)] == other for j, other in enumerate(problem.tree.prompts) if j != i)
 
 
+def test_without_the_mark_a_text_of_one_digit_is_read_the_same_at_any_length() -> None:
+    """Attention averages equal values, and rotary positions are in the weights of the average alone."""
+    model = experiment.Problem(experiment.Config()).model().double()
+
+    def last(*tokens: int) -> torch.Tensor:
+        with torch.no_grad():
+            logits: torch.Tensor = model(input_ids=torch.tensor([tokens])).logits[0, -1]
+        return logits
+
+    torch.testing.assert_close(last(3, 3, 3), last(3), rtol=1e-12, atol=1e-12)
+    mark = experiment.Problem(experiment.Config()).tree.vocabulary - 1
+    assert (last(3, mark, 3, 3) - last(3, mark, 3)).abs().max() > 1e-3
+
+
 # -- interruptions -----------------------------------------------------------------------------------------------------
 
 
