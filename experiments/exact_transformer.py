@@ -6,7 +6,7 @@ responses and their rewards, one for each prompt (n = 1), and nothing of the tre
 stop; the answer is the last digit before the end, and right if it is even or odd as the prompt's last digit is. Only the finished
 response is paid, 1 or 0; one that runs into the horizon gets 0. A prompt is digits and `=`: without that mark "1" answered by "3"
 and "13" not answered yet are one text, and with rotary positions "1" and "11" are alike too, attention averaging equal values;
-such states share their logits, the optimum is then out of reach, and a tenth of the regret stayed.
+such states share their logits, and an optimum that tells them apart is out of reach.
 
 Parts, each recorded when it is complete, and taken up again inside from the trainer's checkpoint:
 
@@ -30,27 +30,26 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+import warnings
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
 from datasets import Dataset
+from exact_task import Config, Problem
 from rich.table import Table
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PrinterCallback, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
+from transformers.utils.logging import disable_progress_bar
 
 import tbrm_theory as tt
 from tbrm_theory.behaviours import MarkovBehaviour
 from tbrm_theory.bounds import theorem2
 from tbrm_theory.coverage import kappa
-from tbrm_theory.dynamic_programming import Solution
 from tbrm_theory.experiment import run_experiment
-from tbrm_theory.llm.exact import TokenTree
-from tbrm_theory.llm.tokenizer import character_tokenizer
 from tbrm_theory.llm.trainer import TBRMConfig, TBRMTrainer
 from tbrm_theory.mdp import RegularizedMDP
 from tbrm_theory.objectives import PopulationObjective
@@ -59,125 +58,10 @@ from tbrm_theory.parametrisations import Tabular
 from tbrm_theory.program import run_program
 from tbrm_theory.results import Run
 from tbrm_theory.shapes import PerLayerStateAction
-from tbrm_theory.training import FitConfig, exact_regret, fit
+from tbrm_theory.training import FitConfig, fit
 
 PHASES = ("on-policy", "off-policy", "replay")
-PAD, END, MARK = 0, 1, "="
-"""Of ``character_tokenizer``, which has the digits next and the mark last. The end alone ends a response; padding and the mark are
-tokens like the others that nothing rewards."""
 LEAST_GAP = 0.2
-
-
-@dataclass(frozen=True)
-class Config:
-    """Settings of the experiment; those of the committed run are in experiments/configs/exact_cpu.yaml."""
-
-    prompts: tuple[str, ...] = ("0", "1", "42", "13", "214", "303")
-    """Without the mark."""
-    digits: int = 5
-    """The vocabulary is these, the mark, the end and padding."""
-    horizon: int = 5
-    beta: float = 0.35
-    seed: int = 0
-    hidden_size: int = 64
-    intermediate_size: int = 128
-    layers: int = 2
-    heads: int = 4
-    initializer_range: float = 0.1
-    steps: int = 400
-    """Updates of each run."""
-    batch_size: int = 384
-    """Responses for each update, the prompts in turn."""
-    learning_rate: float = 5e-3
-    """Adam's, after a warm-up and falling to 0 in a straight line."""
-    warmup_steps: int = 20
-    replay_capacity: int = 1536
-    """Responses kept."""
-    evaluations: int = 20
-    """How often the exact regret is computed in each run, besides the start."""
-    checkpoint_every: int = 40
-    table_learning_rate: float = 0.05
-    target: float = 0.02
-    """The largest share of the initial regret that may be left."""
-    results: Path = Path("results")
-
-    def __post_init__(self) -> None:
-        for name in ("digits", "horizon", "steps", "batch_size", "evaluations", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise tt.InvalidInputError(name, f"expected at least 1, found {getattr(self, name)}")
-        if self.digits > 10:
-            raise tt.InvalidInputError("digits", f"expected at most 10, found {self.digits}")
-        for i, prompt in enumerate(self.prompts):
-            if not prompt or not set(prompt) <= set(self.known_digits):
-                raise tt.InvalidInputError(f"prompts[{i}]", f"expected digits of {self.known_digits}, found {prompt!r}")
-
-    @property
-    def known_digits(self) -> str:
-        return "0123456789"[: self.digits]
-
-
-class Problem:
-    """The task of a configuration, and the initial model's tree with its exact optimum."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self.tokenizer = character_tokenizer(config.known_digits + MARK)
-        self.texts = [prompt + MARK for prompt in config.prompts]
-        prompts = tuple(tuple(self.tokenizer(text)["input_ids"]) for text in self.texts)
-        self.tree = TokenTree(prompts, config.horizon, len(self.tokenizer), (END,))
-        self.parity = torch.tensor([prompt[-2] % 2 for prompt in prompts])
-
-    def model(self) -> PreTrainedModel:
-        """The initial model, the same at every call."""
-        config = self.config
-        with torch.random.fork_rng():
-            torch.manual_seed(config.seed)
-            return LlamaForCausalLM(
-                LlamaConfig(
-                    vocab_size=self.tree.vocabulary,
-                    hidden_size=config.hidden_size,
-                    intermediate_size=config.intermediate_size,
-                    num_hidden_layers=config.layers,
-                    num_attention_heads=config.heads,
-                    max_position_embeddings=64,
-                    initializer_range=config.initializer_range,
-                    bos_token_id=None,
-                    eos_token_id=END,
-                    pad_token_id=PAD,
-                )
-            )
-
-    def reward(self, prompt: Tensor, tokens: Tensor) -> Tensor:
-        """1 where the last token before the end is a digit of the prompt's parity; ``tokens`` are of one length."""
-        if tokens.shape[-1] == 1:
-            return torch.zeros(len(tokens), dtype=torch.float64)
-        answer = tokens[:, -2]
-        is_digit = (answer > END) & (answer < self.tree.vocabulary - 1)
-        right = (tokens[:, -1] == END) & is_digit & (answer % 2 == self.parity[prompt])
-        return right.to(torch.float64)
-
-    def score(self, prompts: Sequence[str], completion_ids: Sequence[Sequence[int]], **unused: Any) -> list[float]:
-        """The same reward as TRL asks for it: from sampled token ids, of any lengths."""
-        number = {prompt: i for i, prompt in enumerate(self.texts)}
-        return [
-            self.reward(torch.tensor([number[prompt]]), torch.tensor([ids])).item()
-            for prompt, ids in zip(prompts, completion_ids, strict=True)
-        ]
-
-    @cached_property
-    def initial_logits(self) -> PerLayerStateAction:
-        return self.tree.logits(self.model())
-
-    @cached_property
-    def mdp(self) -> RegularizedMDP:
-        return self.tree.mdp(self.initial_logits, self.reward, beta=self.config.beta)
-
-    @cached_property
-    def solution(self) -> Solution:
-        return tt.solve(self.mdp)
-
-    def regret(self, model: PreTrainedModel) -> float:
-        return exact_regret(self.mdp, self.tree.logits(model), self.solution).item()
 
 
 # -- the parts -----------------------------------------------------------------------------------------------------
@@ -246,6 +130,7 @@ def train(problem: Problem, phase: str, folder: Path) -> dict[str, Any]:
         learning_rate=config.learning_rate,
         warmup_steps=config.warmup_steps,
         lr_scheduler_type="linear",
+        adam_beta2=config.adam_beta2,
         max_grad_norm=0.0,
         shuffle_dataset=False,
         seed=config.seed,
@@ -377,6 +262,8 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def main(config: Config) -> int:
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # of transformers' own files; the parts have theirs
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # what TRL asks of it
     problem = Problem(config)
     settings = {key: value for key, value in asdict(config).items() if key != "results"}
     folder = Run.open("exact_cpu", settings, root=config.results).folder  # the very run that is recorded below

@@ -60,7 +60,7 @@ def _panel(axis: Axes, title: str, row: dict[str, Any], table: dict[str, Any], b
     axis.axhline(TARGET, color="black", ls=":", lw=1, label="2 %")
     last = row["share"][-1]
     axis.annotate(
-        f"{last:.2%}", (row["step"][-1], last), textcoords="offset points", xytext=(-6, 7), ha="right", fontsize=9
+        f"{last:.2%}", (row["step"][-1], last), textcoords="offset points", xytext=(4, -15), ha="right", fontsize=9
     )
     axis.set(xlabel="update", title=title)
     axis.legend(fontsize=8, loc="lower left")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
+import multiprocessing
 import sys
 import time
 from dataclasses import asdict, fields, replace
@@ -13,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 import yaml
 from tiny_language_models import language_model_test, own_randomness  # noqa: F401 - a fixture
+from transformers import LlamaForCausalLM
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -27,9 +27,11 @@ import fig_exact_cpu  # noqa: E402
 import llm_run  # noqa: E402
 
 import tbrm_theory as tt  # noqa: E402
+from tbrm_theory.llm.run_files import read_settings  # noqa: E402
 from tbrm_theory.llm.trainer import TBRMTrainer  # noqa: E402
 from tbrm_theory.losses import tbrm_loss  # noqa: E402
 from tbrm_theory.scores import table_scores  # noqa: E402
+from tbrm_theory.trajectories import trajectory_return  # noqa: E402
 
 pytestmark = language_model_test
 
@@ -37,20 +39,20 @@ TOY = experiment.Config(
     prompts=("0", "11"),
     digits=2,
     horizon=2,
-    hidden_size=16,
-    intermediate_size=16,
-    layers=1,
+    hidden_size=32,
+    intermediate_size=32,
+    layers=2,
     heads=2,
-    initializer_range=0.3,
+    initializer_range=0.1,
     beta=0.3,
-    steps=60,
-    batch_size=64,
-    learning_rate=0.02,
-    warmup_steps=2,
-    replay_capacity=128,
+    steps=40,
+    batch_size=48,
+    learning_rate=0.01,
+    warmup_steps=4,
+    replay_capacity=96,
     evaluations=4,
     checkpoint_every=10,
-    target=0.1,
+    target=0.5,
 )
 
 
@@ -66,13 +68,12 @@ def summary_of(results: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of one toy run, from its YAML file through the entry point of all runs; the global states are put back by hand here."""
+    """Of one toy run, from its YAML file through the entry point of all runs."""
     folder = tmp_path_factory.mktemp("results")
-    settings = folder / "toy.yaml"
     given = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(TOY).items()}
-    settings.write_text(yaml.safe_dump({"run": "exact"} | given | {"results": str(folder)}))
-    command = [sys.executable, str(ROOT / "experiments" / "llm_run.py"), "--config", str(settings)]
-    subprocess.run(command, check=True, capture_output=True, timeout=600, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    (folder / "toy.yaml").write_text(yaml.safe_dump({"run": "exact"} | given | {"results": str(folder)}))
+    with torch.random.fork_rng():
+        assert llm_run.main(["--config", str(folder / "toy.yaml")]) == 0
     return folder
 
 
@@ -81,10 +82,10 @@ def test_the_transformer_reaches_the_optimum_of_its_own_tree(results: Path) -> N
     assert summary["verdict"] == "as predicted"
     for phase in ("on_policy", "off_policy", "replay"):
         assert 0 < summary[f"regret_fraction_{phase}"] < TOY.target
-    assert summary["vocabulary"] == 4
+    assert summary["vocabulary"] == 5
     assert summary["horizon"] == 2
     assert min(summary["early_end"]) > 0
-    assert summary["samples"] == 64 * (60 + 60 + 30)
+    assert summary["samples"] == 48 * (40 + 40 + 20)
     assert all(bound > 0 for bound in summary["certificate"].values())
 
 
@@ -97,7 +98,7 @@ def test_the_curves_begin_at_the_reference(results: Path) -> None:
     rows = rows_of(results)
     initial = rows["tree"]["initial_regret"]
     for phase in experiment.PHASES:
-        assert rows[phase]["step"] == [0, 15, 30, 45, 60]
+        assert rows[phase]["step"] == [0, 10, 20, 30, 40]
         for cell in (phase, f"table/{phase}"):
             assert rows[cell]["regret"][0] == pytest.approx(initial, rel=1e-6)
             assert rows[cell]["regret"][-1] < initial
@@ -108,22 +109,25 @@ def test_a_regret_above_the_target_is_unexpected(results: Path) -> None:
     strict = experiment.summarise(1e-9, rows, 0.0)
     assert [line.split(":")[0] for line in strict["unexpected"]] == list(experiment.PHASES)
     small = [row | {"initial_regret": 0.1} if row["cell"] == "tree" else row for row in rows]
-    assert "the initial regret is 10.0% of the reward's range" in experiment.summarise(0.1, small, 0.0)["unexpected"]
+    assert (
+        "the initial regret is 10.0% of the reward's range"
+        in experiment.summarise(TOY.target, small, 0.0)["unexpected"]
+    )
     silent = [row | {"early_end": [0.0, 0.1]} if row["cell"] == "tree" else row for row in rows]
-    assert experiment.summarise(0.1, silent, 0.0)["unexpected"] == ["no response ends early"]
+    assert experiment.summarise(TOY.target, silent, 0.0)["unexpected"] == ["no response ends early"]
     loose = [row | {"certificate": 0.0} if row["cell"] == "replay" else row for row in rows]
-    assert experiment.summarise(0.1, loose, 0.0)["unexpected"] == ["replay: certificate below the regret"]
+    assert experiment.summarise(TOY.target, loose, 0.0)["unexpected"] == ["replay: certificate below the regret"]
 
 
 def test_the_figure_draws_the_runs_table(results: Path) -> None:
     drawn = fig_exact_cpu.extract(list(rows_of(results).values()))
     figure = fig_exact_cpu.draw(drawn)
     for axis, phase in zip(figure.axes, experiment.PHASES, strict=True):
-        table, transformer, target = (line.get_xydata() for line in axis.lines)
+        table, transformer, target = (np.asarray(line.get_ydata()).tolist() for line in axis.lines)
         by_cell = {row["cell"]: row for row in drawn}
-        assert transformer[:, 1].tolist() == by_cell[phase]["share"]
-        assert table[:, 1].tolist() == by_cell[f"table/{phase}"]["share"]
-        assert target[0, 1] == 0.02
+        assert transformer == by_cell[phase]["share"]
+        assert table == by_cell[f"table/{phase}"]["share"]
+        assert target == [0.02, 0.02]
     plt.close(figure)
 
 
@@ -133,6 +137,7 @@ def test_the_figure_draws_the_runs_table(results: Path) -> None:
 class Watched(TBRMTrainer):
     """Keeps the rows that its losses read, the values, and the policy's own probabilities of that moment."""
 
+    problem: experiment.Problem
     seen: list[dict[str, Any]]
 
     def _compute_loss(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -147,9 +152,10 @@ def test_the_trainers_loss_is_that_of_the_table_on_its_own_samples(
 ) -> None:
     """The trainer's rows, as trajectories of the tree, give the tabular loss of the model's logits: the same function, two roads."""
     problem = experiment.Problem(replace(TOY, steps=4, batch_size=24, evaluations=1, checkpoint_every=4))
+    seen: list[dict[str, Any]] = []
     monkeypatch.setattr(experiment, "TBRMTrainer", Watched)
     monkeypatch.setattr(Watched, "problem", problem, raising=False)
-    monkeypatch.setattr(Watched, "seen", seen := [], raising=False)
+    monkeypatch.setattr(Watched, "seen", seen, raising=False)
     experiment.train(problem, phase, tmp_path)
     assert len(seen) == 4
     for entry in seen:
@@ -170,13 +176,13 @@ def test_who_writes_the_responses(phase: str, sampler: str, tmp_path: Path, monk
     """The off-policy run asks the reference alone for responses; the policy is far from it here."""
     problem = experiment.Problem(replace(TOY, steps=3, batch_size=24, evaluations=1))
     asked: list[Any] = []
-    own = experiment.LlamaForCausalLM.generate
+    own = LlamaForCausalLM.generate
 
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         asked.append(self)
         return own(self, *args, **kwargs)
 
-    monkeypatch.setattr(experiment.LlamaForCausalLM, "generate", generate)
+    monkeypatch.setattr(LlamaForCausalLM, "generate", generate)
     trainers: list[TBRMTrainer] = []
 
     class Kept(TBRMTrainer):
@@ -196,47 +202,79 @@ def test_who_writes_the_responses(phase: str, sampler: str, tmp_path: Path, monk
 
 
 def test_the_reward_of_sampled_ids_is_that_of_the_tree() -> None:
-    problem = experiment.Problem(replace(TOY, prompts=("0", "12", "5"), digits=6, horizon=3))
-    tokens = {(4, 2, 1): (1, 0, 0), (3, 1): (0, 0, 1), (1,): (0, 0, 0), (2, 4, 4): (0, 0, 0), (2, 0, 1): (0, 0, 0)}
-    for ids, expected in tokens.items():
-        given = problem.score(list(problem.config.prompts), [list(ids)] * 3)
-        assert given == [0.0 if i != 1 else e for i, e in enumerate(expected)] or given == list(map(float, expected))
+    """Digits d are the tokens d + 2; the end is 1, padding 0, the mark 5."""
+    problem = experiment.Problem(replace(TOY, prompts=("0", "12", "21"), digits=3, horizon=3))
+    paid = {
+        (4, 2, 1): [1.0, 1.0, 0.0],  # "20" and the end
+        (3, 1): [0.0, 0.0, 1.0],
+        (1,): [0.0, 0.0, 0.0],
+        (2, 4, 4): [0.0, 0.0, 0.0],  # truncated
+        (2, 0, 1): [0.0, 0.0, 0.0],
+        (2, 5, 1): [0.0, 0.0, 0.0],
+    }
+    for ids, expected in paid.items():
+        assert problem.score(problem.texts, [list(ids)] * 3) == expected
+        batch = problem.tree.trajectories(problem.tree.prompts, [ids] * 3)
+        assert trajectory_return(problem.mdp, batch).tolist() == expected
+
+
+def test_no_two_states_are_one_text() -> None:
+    """What the mark is for: no prompt begins another one."""
+    problem = experiment.Problem(experiment.Config())
+    for i, prompt in enumerate(problem.tree.prompts):
+        assert not any(prompt[: len(other)] == other for j, other in enumerate(problem.tree.prompts) if j != i)
+
+
+def test_without_the_mark_a_text_of_one_digit_is_read_the_same_at_any_length() -> None:
+    """Attention averages equal values, and rotary positions are in the weights of the average alone."""
+    model = experiment.Problem(experiment.Config()).model().double()
+
+    def last(*tokens: int) -> torch.Tensor:
+        with torch.no_grad():
+            logits: torch.Tensor = model(input_ids=torch.tensor([tokens])).logits[0, -1]
+        return logits
+
+    torch.testing.assert_close(last(3, 3, 3), last(3), rtol=1e-12, atol=1e-12)
+    mark = experiment.Problem(experiment.Config()).tree.vocabulary - 1
+    assert (last(3, mark, 3, 3) - last(3, mark, 3)).abs().max() > 1e-3
 
 
 # -- interruptions -----------------------------------------------------------------------------------------------------
 
 
-def test_a_run_killed_inside_a_part_goes_on_to_the_same_numbers(results: Path, tmp_path: Path) -> None:
-    """kill -9 in the middle of each kind of run; complete parts are not repeated."""
-    command = [
-        sys.executable,
-        "experiments/llm_run.py",
-        "--config",
-        str(results / "toy.yaml"),
-        "--results",
-        str(tmp_path),
-    ]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+def test_a_run_killed_inside_a_part_goes_on_to_the_same_numbers(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kill -9 in the middle of two of the three runs; complete parts are not repeated."""
+    config = replace(TOY, results=tmp_path)
+    fork = multiprocessing.get_context("fork")  # what is imported stays so; a child is killed, not this process
     for phase in ("on-policy", "replay"):
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        child = fork.Process(target=experiment.main, args=(config,))
+        child.start()
         deadline = time.monotonic() + 300
         wanted = f"exact_cpu/*/checkpoints/{phase}/checkpoint-20/tbrm_state_0.safetensors"
-        while not list(tmp_path.glob(wanted)) and process.poll() is None and time.monotonic() < deadline:
+        while not list(tmp_path.glob(wanted)) and child.is_alive() and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert process.poll() is None, "it ended before it could be killed"
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert child.is_alive(), "it ended before it could be killed"
+        child.kill()
+        child.join()
         assert phase not in rows_of(tmp_path)
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=600)
+    trained: list[int] = []
+    own = TBRMTrainer.training_step
+
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        trained.append(self.state.global_step)
+        return own(self, *args, **kwargs)
+
+    monkeypatch.setattr(TBRMTrainer, "training_step", training_step)
+    assert experiment.main(config) == 0
+    assert trained[0] >= 20  # of the last of the three runs, the only one left
+    assert trained == list(range(trained[0], TOY.steps))
     assert len([path for path in (tmp_path / "exact_cpu").iterdir() if not path.is_symlink()]) == 1
     interrupted, whole = rows_of(tmp_path), rows_of(results)
-    assert interrupted.keys() == whole.keys()
+    assert list(interrupted) == list(whole)
     for cell, row in whole.items():
-        assert {key: value for key, value in interrupted[cell].items() if key != "seconds"} == {
-            key: value for key, value in row.items() if key != "seconds"
-        }
+        assert interrupted[cell] | {"seconds": None} == row | {"seconds": None}
 
 
 def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path: Path) -> None:
@@ -255,7 +293,7 @@ def test_the_committed_settings_are_of_the_size_that_was_asked_for() -> None:
     given = yaml.safe_load((ROOT / "experiments" / "configs" / "exact_cpu.yaml").read_text())
     assert given.pop("run") == "exact"
     assert given.keys() <= {field.name for field in fields(experiment.Config)}
-    config = llm_run.read_settings(["--config", str(ROOT / "experiments/configs/exact_cpu.yaml")], experiment.Config)
+    config = read_settings(["--config", str(ROOT / "experiments/configs/exact_cpu.yaml")], experiment.Config)
     problem = experiment.Problem(config)
     assert problem.tree.vocabulary >= 8
     assert problem.tree.horizon >= 5

@@ -9,6 +9,9 @@ The model is asked block by block, depth first, with the keys and values of the 
 compute, every prompt its own length once, and the caches held are one block's for each layer. Prompts of one length share a block,
 so nothing is ever padded, and positions are whatever the model makes of an unpadded prompt.
 
+Where one prompt begins another, two states are one text, and a model has the same logits in both: an optimum that tells them apart
+is out of its reach. Prompts that end with a mark of their own avoid it.
+
 Everything else is the package's own: ``solve(mdp)`` is the exact optimum for this model, ``regret(mdp, tree.log_policy(other))``
 that of another one, ``kappa`` and ``theorem2`` take their tables.
 """
