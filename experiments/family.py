@@ -5,7 +5,8 @@ Each method starts at the reference policy with `V = 0` (logits `log π_ref`), d
 every method has the same number of grid points, learning rates over the same range, by themselves or fewer of them times three
 values of the one coefficient that the method has (`coefficient` in a row: the rate of log Z, the critic or the value model as a
 multiple of the policy's; updates between refreshes of a frozen copy; rollouts of the reference for A*-PO, which count as samples;
-the factor on β in GRPO's penalty). The winner has the lowest interquartile mean, over the tuning seeds, of the final regret; other
+the factor on β in GRPO's penalty). Finals are compared at equal updates, so that those rollouts, and three more for each prompt at
+`n` = 4, are free there. The winner has the lowest interquartile mean, over the tuning seeds, of the final regret; other
 seeds are reported by the same number.
 
 Losses that are mathematically one method are trained once, and a cell checks that they give the same curves at equal settings.
@@ -14,9 +15,9 @@ summary.json, all regrets as shares of the initial one (the reference policy's):
 mean and both ends of the 95 % bootstrap interval over seeds), `overall` (by n and method: the same over all problems, resampled
 within problems), `samples_to_one_percent` (by n, problem and method: trajectories until the interquartile mean is at most 1 % for
 the first time; null if never), `winners` (learning rate and coefficient), `winners_at_edge` (those whose learning rate is the
-lowest or highest of the grid), `winners_at_edge_share`, `same_as` (which methods are one, and the largest difference of their
-curves), `consumption` (Table 2 of [Y], measured: regression or policy gradient, single rollout, single model, trajectory reward,
-models, backward passes), `unexpected`, `verdict`, `seconds`.
+lowest or highest of the grid), `winners_at_edge_share`, `coefficients_at_edge` (the same of the coefficients), `same_as` (which
+methods are one, and the largest difference of their curves), `consumption` (Table 2 of [Y], measured: regression or policy
+gradient, single rollout, single model, trajectory reward, models, backward passes), `unexpected`, `verdict`, `seconds`.
 
 Exit status 1 if methods that are one give different curves or were not compared, if a loss consumes other scores than it declares,
 or if a tuned method ends no better than the reference policy (DAPO excepted, which has no KL penalty).
@@ -86,7 +87,7 @@ COEFFICIENTS: dict[str, tuple[str, tuple[float, ...]] | None] = {
     "kimi": None,
     "dpo": None,
     "reinforce": None,
-    "grpo": (TEMPERATURE, (0.3, 1.0, 3.0)),
+    "grpo": (TEMPERATURE, (0.03, 0.1, 0.3)),
     "dr-grpo": (TEMPERATURE, (0.1, 0.3, 1.0)),
     "dapo": None,
     "ppo": (COMPANION, (1.0, 3.0, 10.0)),
@@ -196,6 +197,7 @@ def tuned(problem: str, method: str, group_size: int, config: Config) -> dict[st
         "coefficient": COEFFICIENTS[method][0] if COEFFICIENTS[method] else None,  # type: ignore[index]
         "winner": list(points[best]),
         "at_edge": points[best][0] in (points[0][0], points[-1][0]),
+        "coefficient_at_edge": points[best][1] is not None and points[best][1] in (points[0][1], points[-1][1]),
         "initial_regret": float(curves.regret[0, 0, 0]),
         "updates": curves.updates.tolist(),
         "samples": samples,
@@ -291,6 +293,7 @@ def summarise(rows: list[dict[str, Any]], config: Config, seconds: float) -> dic
         "winners": table(lambda row: row["winner"]),
         "winners_at_edge": edge,
         "winners_at_edge_share": len(edge) / len(runs),
+        "coefficients_at_edge": [row["cell"].removeprefix("tuned/") for row in runs if row["coefficient_at_edge"]],
         "same_as": {
             method: [twin, max((row["difference"] for row in same if row["method"] == method), default=None)]
             for method, (twin, _) in SAME.items()

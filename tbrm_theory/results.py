@@ -29,12 +29,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.json_fields import replacement, write_json
 
 __all__ = ["Run", "plain_json", "provenance"]
 
-_RECORDED_PACKAGES = ("tbrm-theory", "torch", "numpy", "scipy", "gymnasium", "matplotlib")
+_RECORDED_PACKAGES = ("tbrm-theory", "torch", "numpy", "scipy", "gymnasium", "matplotlib", "transformers", "trl")
 
 
 def plain_json(value: Any) -> Any:
@@ -74,7 +76,12 @@ def provenance() -> dict[str, Any]:
         "commit": git("rev-parse", "HEAD") if ours else None,
         "modified": None if changes is None else bool(changes),
         "changes": hashlib.sha256(changes.encode()).hexdigest() if changes else None,
-        "machine": {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count()},
+        "machine": {
+            "system": platform.system(),
+            "processor": platform.machine(),
+            "cores": os.cpu_count(),
+            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

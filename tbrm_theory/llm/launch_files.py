@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from accelerate.commands.config.config_args import load_config_from_file  # type: ignore[import-untyped]
-from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin  # type: ignore[import-untyped]
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 
 from tbrm_theory.errors import InvalidInputError
 

@@ -11,7 +11,7 @@ import inspect
 from typing import Any, TypeVar
 
 import torch
-from accelerate.utils import is_peft_model  # type: ignore[import-untyped]
+from accelerate.utils import is_peft_model
 
 __all__ = ["base_model", "frozen_copy", "takes_position_ids", "without_dropout"]
 
