@@ -48,8 +48,13 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share a fixture of their module go to one worker, which makes it once (``--dist loadgroup``)."""
+    """Tests that share a fixture of their module go to one worker, which makes it once (``--dist loadgroup``).
+
+    Measuring coverage doubles the time of a test, so slow ones go without: the others reach what is asked for.
+    """
     for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.no_cover)
         assert isinstance(item, pytest.Function)
         fixtures = item._fixtureinfo.name2fixturedefs.values()
         if any(definitions[-1].scope == "module" for definitions in fixtures):

@@ -33,7 +33,7 @@ from tbrm_theory.losses import tbrm_loss  # noqa: E402
 from tbrm_theory.scores import table_scores  # noqa: E402
 from tbrm_theory.trajectories import trajectory_return  # noqa: E402
 
-pytestmark = language_model_test
+pytestmark = [*language_model_test, pytest.mark.slow]
 
 TOY = experiment.Config(
     prompts=("0", "11"),

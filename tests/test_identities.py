@@ -30,6 +30,8 @@ from tests import reference as rf
 from tests import strategies
 from tests.convert import plain
 
+pytestmark = pytest.mark.slow
+
 approx = pytest.approx
 ALL_BETAS = strategies.ORDINARY_BETAS + strategies.EXTREME_BETAS
 HALF_AS_MANY = settings(max_examples=settings().max_examples // 2)  # of the dearest tests

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tests.tiny_language_models import language_model, language_model_test, own_randomness  # noqa: F401
 from tests.train_across_processes import train
 
-pytestmark = language_model_test
+pytestmark = [*language_model_test, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[1]
 
