@@ -19,13 +19,14 @@ one after another.
 summary.json: `cost` (by method, at the smallest `n` for which it is defined: that `n`, evaluations, backward passes, models beside
 policy and reference, and relative to TBRM: operations, memory, memory in turn), `table2` (by method, as `tbrm_theory.consumption`
 measures it: single rollout, single model, trajectory reward; [Y] Table 2; A*-PO's baseline needs rollouts of the reference, so it is
-no single model), `undefined_at_one` (methods that refuse n = 1), `cheaper_than_tbrm` (fewer operations), `ppo_operations` (PPO over TBRM, n = 1; [Y] measures 1.3 for the time of a step, generation included), `ppo_held`,
-`ppo_saved`, `ppo_saved_in_turn` (shares by which TBRM's bytes lie below PPO's), `ppo_memory`, `ppo_memory_in_turn` (the same of the
-sum; [Y] measures 0.333 of all GPU memory), `grpo_same_prompts` (operations of GRPO with four responses over TBRM with one, same
-prompts; [Y] measures 3.1 for time), `unexpected`, `verdict`, `seconds`. Exit status 1 if a loss reads other scores than `LOSSES`
-says, the policy is not evaluated once and differentiated once, TBRM needs a model beside policy and reference, a method without
-groups refuses n = 1 or one with groups does not, PPO needs less than 3/2 or more than 7/4 of TBRM's operations (7/4 if a critic
-had a head as large as the vocabulary), or TBRM does not save a third of the bytes that PPO holds.
+no single model), `undefined_at_one` (methods that refuse n = 1), `cheaper_than_tbrm` (fewer operations), `ppo_operations` (PPO over
+TBRM, n = 1; [Y] measures 1.3 for the time of a step, generation included), `ppo_held`, `ppo_saved`, `ppo_saved_in_turn` (shares by
+which TBRM's bytes lie below PPO's), `ppo_memory`, `ppo_memory_in_turn` (the same of the sum; [Y] measures 0.333 of all GPU memory),
+`grpo_same_prompts` (operations of GRPO with four responses over TBRM with one, same prompts; [Y] measures 3.1 for time),
+`unexpected`, `verdict`, `seconds`. Exit status 1 if a loss reads other scores than `LOSSES` says, the policy is not evaluated once
+and differentiated once, TBRM needs a model beside policy and reference, a method without groups refuses n = 1 or one
+with groups does not, PPO needs less than 3/2 or more than 7/4 of TBRM's operations (7/4 if a critic had a head as large as the
+vocabulary), or TBRM does not save a third of the bytes that PPO holds.
 """
 
 from __future__ import annotations
