@@ -17,14 +17,15 @@ all per token. Two peaks: `saved`, when one backward pass goes through all train
 one after another.
 
 summary.json: `cost` (by method, at the smallest `n` for which it is defined: that `n`, evaluations, backward passes, models beside
-policy and reference, and relative to TBRM: operations, memory, memory in turn), `table2` (by method, from what was consumed: single
-rollout, single model, trajectory reward; [Y] Table 2), `undefined_at_one` (methods that refuse n = 1), `cheaper_than_tbrm` (fewer
-operations), `ppo_operations` (PPO over TBRM, n = 1; [Y] measures 1.3 for the time of a step, generation included), `ppo_held`,
-`ppo_saved`, `ppo_saved_in_turn` (shares by which TBRM's bytes lie below PPO's), `ppo_memory`, `ppo_memory_in_turn` (the same of the
-sum; [Y] measures 0.333 of all GPU memory), `grpo_same_prompts` (operations of GRPO with four responses over TBRM with one, same
-prompts; [Y] measures 3.1 for time), `unexpected`, `verdict`, `seconds`. Exit status 1 if a loss reads other scores than `LOSSES`
-says, the policy is not evaluated once and differentiated once, TBRM needs a model beside policy and reference, a method without
-groups refuses n = 1, PPO needs less than 3/2 or more than 7/4 of TBRM's operations (7/4 if a critic had a head as large as the
+policy and reference, and relative to TBRM: operations, memory, memory in turn), `table2` (by method, as `tbrm_theory.consumption`
+measures it: single rollout, single model, trajectory reward; [Y] Table 2; A*-PO's baseline needs rollouts of the reference, so it is
+no single model), `undefined_at_one` (methods that refuse n = 1), `cheaper_than_tbrm` (fewer operations), `ppo_operations` (PPO over
+TBRM, n = 1; [Y] measures 1.3 for the time of a step, generation included), `ppo_held`, `ppo_saved`, `ppo_saved_in_turn` (shares by
+which TBRM's bytes lie below PPO's), `ppo_memory`, `ppo_memory_in_turn` (the same of the sum; [Y] measures 0.333 of all GPU memory),
+`grpo_same_prompts` (operations of GRPO with four responses over TBRM with one, same prompts; [Y] measures 3.1 for time),
+`unexpected`, `verdict`, `seconds`. Exit status 1 if a loss reads other scores than `LOSSES` says, the policy is not evaluated once
+and differentiated once, TBRM needs a model beside policy and reference, a method without groups refuses n = 1 or one
+with groups does not, PPO needs less than 3/2 or more than 7/4 of TBRM's operations (7/4 if a critic had a head as large as the
 vocabulary), or TBRM does not save a third of the bytes that PPO holds.
 """
 
@@ -54,6 +55,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 import tbrm_theory as tt
+from tbrm_theory.consumption import consumption
 from tbrm_theory.execution import Execution
 from tbrm_theory.experiment import run_experiment
 from tbrm_theory.losses import LOSSES, Loss, TrajectoryScores
@@ -356,6 +358,8 @@ def unexpected(rows: list[dict[str, Any]]) -> list[str]:
         if "refused" in row:
             if row["rollouts"] > 1 or not loss.needs_group:
                 found.append(f"{row['cell']}: {row['refused']}")
+        elif row["rollouts"] == 1 and loss.needs_group:
+            found.append(f"{row['cell']}: a group of one")
         elif (row["evaluations"]["policy"], row["backward"]["policy"]) != (1, 1):
             found.append(f"{row['cell']}: passes of the policy")
         elif row["method"] == "tbrm" and row["evaluations"] != {"policy": 1, "reference": 1}:
@@ -382,11 +386,11 @@ def summarise(rows: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
     }
     table2 = {
         method: {
-            "single_rollout": row["rollouts"] == 1,
-            "single_model": not extra_models(row),
-            "trajectory_reward": "reward" not in row["consumed"],
+            "single_rollout": measured.single_rollout,
+            "single_model": measured.single_model,
+            "trajectory_reward": measured.trajectory_reward,
         }
-        for method, row in smallest.items()
+        for method, measured in ((method, consumption(method)) for method in smallest)
     }
     bad = unexpected(rows)
     if not 1.5 <= cost["ppo"]["operations"] <= 1.75:

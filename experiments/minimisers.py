@@ -16,6 +16,9 @@ Each cell of the table has one of these verdicts over its problems:
 * `nowhere`: it does not rest at the optimal policy, and from some start no rest was found: a clipped update jumps, or a probability
   goes to 0.
 
+That it does not rest at the optimal policy is seen, not concluded from a solver that found nothing: from there the flow went to
+another policy. Else the cell is `unclear`, as it is where a point of rest is neither the optimal policy nor clear of it.
+
 Predicted are the first two, and that the verdict is one of the last two for all others: `PREDICTED`, with the theorems.
 
 A row of metrics.jsonl has for each start `regret` (over that of the reference), `rests`, `residual` (largest entry of
@@ -208,7 +211,7 @@ def cell(row: str, kind: str, number: int, seed: int) -> dict[str, Any]:
 
 
 def verdict(row: dict[str, Any]) -> str:
-    """Of one problem; ``unclear`` where a regret is neither the optimum's nor another policy's."""
+    """Of one problem; ``unclear`` where a regret is neither the optimum's nor another policy's, or the optimum was not left."""
     regret, rests = row["regret"], row["rests"]
     if any(rests[start] and EXACT < regret[start] < OFF for start in STARTS):
         return "unclear"
@@ -217,7 +220,8 @@ def verdict(row: dict[str, Any]) -> str:
         return OPTIMUM
     if right["optimum"]:
         return AMONG if all(rests.values()) else "unclear"
-    if any(right.values()):
+    left = row["steps"]["optimum"] > 0 and regret["optimum"] >= OFF
+    if any(right.values()) or not left:
         return "unclear"
     return ELSEWHERE if all(rests.values()) else NOWHERE
 

@@ -16,7 +16,8 @@ Four parts on problems small enough to know the optimum; transitions determinist
 
 Everywhere `certificate` is B5's right side with the exact L_μ and κ(π_θ,μ) of the very logits; in `replay` with X1's bound for κ of
 the mixture of policies in the buffer. Its ratio to the regret is given as least, median and largest over the runs whose regret is
-above 1e-12; the others are counted as `exact`, with their largest certificate.
+above 1e-12; the others are counted as `exact`, with their largest certificate. A part's median is the median of the medians of its
+cells (in `mixing` at each number of updates, in `samples` at each N), not that of all its runs.
 
 summary.json: `certificates` (by part: `runs`, `exact`, `exact_certificate`, `ratio`), `slopes` (of `samples` with noise: exponent
 and interval over the N at which all data sets identify the policy; null if they are fewer than three), `over_constant` (N·mean
@@ -27,8 +28,8 @@ regret without noise on data that identify the policy), `b6_over_regret` (at the
 regret is 1 % of the start's; null if never), `verifier_error` (largest difference from the regret at O7's temperature),
 `verifier_spread` (largest difference between reports with the same a + b: of regret, certificate, and the certificate with f_θ
 centred), `unexpected`, `verdict`, `seconds`. Exit status 1 if a certificate or B6's bound is below the regret, data that identify
-the policy do not give it without noise, a slope's interval is outside [-1.25, -0.8], a regret at the largest N is more than five
-standard errors and 5 % from its constant, or O7's regret does not come out.
+the policy do not give it without noise, a slope's interval is outside [-1.25, -0.8], a regret at the largest N is further
+from its constant than 5 % of it and four standard errors, these counted as 15 % at most, or O7's regret does not come out.
 """
 
 from __future__ import annotations

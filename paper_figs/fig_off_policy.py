@@ -27,7 +27,7 @@ Row = dict[str, Any]
 
 
 def extract(cells: list[Row]) -> list[Row]:
-    """What is drawn, to five digits."""
+    """What is drawn, and of the problems that are not, what is said of them; to five digits."""
     rows = []
     for cell in cells:
         part = cell["cell"].partition("/")[0]
@@ -36,11 +36,13 @@ def extract(cells: list[Row]) -> list[Row]:
             last = max(cell["regret"], key=int)
             row |= {"updates": int(last), "distance": cell["distance"], "start": cell["start"]}
             row |= {"regret": cell["regret"][last], "certificate": cell["certificate"][last]}
-        elif part == "replay" and cell["family"] == SHOWN:
-            row |= {key: cell[key] for key in ("reuse", "ages", "samples", "regret", "certificate")}
-        elif part == "samples" and cell["family"] == SHOWN:
-            keys = ("data", "noise", "sizes", "mean", "error", "constant", "theorem2", "fast")
-            row |= {key: cell[key] for key in keys}
+        elif part == "replay":
+            drawn = ("samples", "regret", "certificate") if cell["family"] == SHOWN else ()
+            row |= {key: cell[key] for key in ("reuse", "ages", "reached", *drawn)}
+        elif part == "samples" and (cell["family"] == SHOWN or cell["noise"] > 0):
+            drawn = ("sizes", "mean", "error", "constant", "theorem2", "fast") if cell["family"] == SHOWN else ()
+            row |= {key: cell[key] for key in ("data", "noise", "slope", *drawn)}
+            row["over_constant"] = _over_constant(cell)
         elif part == "verifier":
             row["reports"] = cell["reports"]
         else:
@@ -49,11 +51,20 @@ def extract(cells: list[Row]) -> list[Row]:
     return rows
 
 
+def _over_constant(cell: Row) -> list[float] | None:
+    """``N · mean regret`` at the largest ``N`` over the constant, and its standard error; as in the run's summary."""
+    if cell["noise"] == 0 or cell["identified"][-1] < cell["data_sets"]:
+        return None
+    return [cell["sizes"][-1] * cell[key][-1] / cell["constant"] for key in ("mean", "error")]
+
+
 def draw(rows: list[Row]) -> Figure:
     """The figure; every plotted number comes from ``rows``."""
     parts: dict[str, list[Row]] = {}
     for row in rows:
-        parts.setdefault(row["cell"].partition("/")[0], []).append(row)
+        part = row["cell"].partition("/")[0]
+        if part in ("mixing", "verifier") or row["family"] == SHOWN:
+            parts.setdefault(part, []).append(row)
     figure, axes = plt.subplots(2, 2, figsize=(13, 9.5), layout="constrained")
     _mixing(axes[0, 0], parts["mixing"])
     _replay(axes[0, 1], parts["replay"])

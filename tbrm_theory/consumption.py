@@ -31,7 +31,7 @@ class Consumption:
     regression: bool
     """Whether the loss is a regression; a policy gradient otherwise."""
     single_rollout: bool
-    """Whether one rollout of a prompt is enough."""
+    """Whether an update needs but one rollout of a prompt; those made before training, of the reference, are in ``models``."""
     trajectory_reward: bool
     """Whether the return of the whole trajectory is enough."""
     models: tuple[str, ...]

@@ -2,8 +2,9 @@
 
 :func:`rest` follows the flow ``x' = -G(x)`` by implicit Euler steps ``(I/Δ + J) δ = -G`` whose length ``Δ`` grows as ``G`` shrinks
 (pseudo-transient continuation, Kelley and Keyes, SIAM J. Numer. Anal. 35, 1998): at first what training with small steps does, at
-the end Newton's method. So it goes where training goes and is exact there. ``G`` need not be a gradient. ``J`` is by central
-differences, good to ten digits, which costs the accuracy of the step and not that of the zero.
+the end Newton's method. So a point of rest is exact. Which of several a start leads to need not be the one that small steps lead to: a
+long step may change the basin. ``G`` need not be a gradient. ``J`` is by central differences, good to ten digits, which costs the
+accuracy of the step and not that of the zero.
 
 Of every point found it says what kind it is: the least real part of the eigenvalues of ``J``, negative where the flow leaves the point
 (a saddle or a maximum), and how far ``J`` is from symmetric: a field with a symmetric ``J`` is the gradient of some function, and
@@ -31,7 +32,7 @@ DIFFERENCE = 1e-5
 RESIDUAL = 1e-12
 """The largest entry of ``G`` at rest, relative to the largest where the flow begins."""
 FAR = 25.0
-"""A row whose entries are further apart than this, or further from its start, runs away: a probability of e^-25."""
+"""A row of which an entry is further than this from its start runs away: a probability of about e^-25."""
 LONGEST_STEP = 1.0
 
 

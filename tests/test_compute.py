@@ -139,7 +139,22 @@ def test_the_predictions_come_about_and_every_key_is_explained(run: Path) -> Non
 
 def test_groups_of_one_are_refused_by_those_that_compare_within_a_group(rows: list[Row]) -> None:
     refused = {row["method"] for row in rows if "refused" in row}
-    assert refused == {"vargrad", "pairwise", "dpo", "rloo", "grpo", "dr-grpo", "dapo"}
+    assert refused == {"vargrad", "kimi", "pairwise", "dpo", "rloo", "grpo", "dr-grpo", "dapo"}
+
+
+def test_what_was_run_agrees_with_table_2_of_the_package(run: Path, rows: list[Row]) -> None:
+    """Rollouts and models of the update that was measured; the rollouts of the reference for A*-PO are made before it."""
+    summary = json.loads((run / "summary.json").read_text())
+    for method, columns in summary["table2"].items():
+        assert columns["single_rollout"] == (summary["cost"][method]["rollouts"] == 1)
+        alone = not summary["cost"][method]["extra_models"]
+        assert columns["single_model"] == (alone and method != "a-star-po"), method
+        assert columns["trajectory_reward"] == ("reward" not in cell_of(rows, f"{method}/2")["consumed"])
+
+
+def test_a_loss_of_groups_that_takes_a_group_of_one_is_unexpected(rows: list[Row]) -> None:
+    row = cell_of(rows, "kimi/2") | {"cell": "kimi/1", "rollouts": 1}
+    assert compute.unexpected([row]) == ["kimi/1: a group of one"]
 
 
 @pytest.mark.parametrize(

@@ -385,6 +385,17 @@ def test_the_bounds_estimate_is_the_bound_when_the_sample_is_the_law() -> None:
     assert math.isfinite(diagnostics.on_policy_bound(torch.tensor([1e4, -1e4]), torch.zeros(2), beta=beta)[0])
 
 
+def test_the_bounds_estimate_does_not_divide_out_a_factor_for_each_prompt() -> None:
+    """Two prompts at the optimal policy: ``f = V_θ - V*`` and κ = 1, but one mean serves both."""
+
+    def estimate(*offsets: float) -> float:
+        rows = torch.tensor(offsets, dtype=torch.float64).repeat_interleave(4)
+        return diagnostics.on_policy_bound(rows, torch.zeros(len(rows), dtype=torch.float64), beta=0.4)[1]
+
+    assert estimate(3.0, 3.0) == pytest.approx(0.0, abs=1e-12)
+    assert estimate(3.0, -3.0) == pytest.approx(math.log(math.cosh(6) / math.cosh(3) ** 2), abs=1e-12)
+
+
 def test_the_parts_of_a_step_are_exclusive_and_sum_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(float(2**i) for i in range(20))
     monkeypatch.setattr(part_timer, "_now", lambda: next(clock))

@@ -94,10 +94,12 @@ def test_the_data_are_what_their_names_say(number: int) -> None:
 # -- verdicts --------------------------------------------------------------------------------------------------------
 
 
-def ended(*regrets: float, rests: tuple[bool, ...] = (True, True, True)) -> dict[str, Any]:
+def ended(
+    *regrets: float, rests: tuple[bool, ...] = (True, True, True), steps: tuple[int, ...] = (9, 9, 9)
+) -> dict[str, Any]:
     return {
         name: dict(zip(minimisers.STARTS, found, strict=True))
-        for name, found in (("regret", regrets), ("rests", rests))
+        for name, found in (("regret", regrets), ("rests", rests), ("steps", steps))
     }
 
 
@@ -111,6 +113,11 @@ def ended(*regrets: float, rests: tuple[bool, ...] = (True, True, True)) -> dict
         (ended(1e-13, 0.1, 0.2), "unclear"),
         (ended(1e-20, 1e-20, 0.2), "unclear"),
         (ended(0.3, 1e-20, 0.0, rests=(False, True, True)), "unclear"),
+        (ended(1e-20, 1e-18, 0.0, steps=(9, 9, 0)), "optimum"),
+        (ended(0.3, 0.1, 0.2, rests=(False, False, False)), "nowhere"),
+        (ended(0.3, 0.1, 1e-20, rests=(True, True, False)), "unclear"),  # the solver hangs beside the optimum
+        (ended(0.3, 0.1, 1e-12, rests=(False, False, False)), "unclear"),
+        (ended(0.3, 0.1, 0.2, steps=(9, 9, 0)), "unclear"),  # what was taken for the optimum is none
     ],
 )
 def test_a_verdict_follows_from_where_the_three_starts_end(row: dict[str, Any], found: str) -> None:
@@ -174,6 +181,8 @@ def test_the_figure_plots_its_table(tmp_path: Path) -> None:
     assert len(rows) == len(minimisers.VARIANTS) * len(minimisers.KINDS)
     for row in rows:  # the committed table is as predicted
         assert minimisers.as_predicted(row["loss"], row["kind"], row["verdict"])
+        if row["verdict"] in (minimisers.ELSEWHERE, minimisers.NOWHERE):
+            assert row["regret_from_optimum"] > minimisers.OFF
     drawn = fig_minimisers.draw(rows)
     image = drawn.axes[0].get_images()[0].get_array()
     assert image is not None

@@ -181,6 +181,11 @@ def test_data_sets_fitted_at_once_are_those_fitted_one_by_one(count: int) -> Non
         ("samples/token-tree/best/0.5", {"largest": [math.inf] * 5}, "B6 below the regret"),
         ("samples/token-tree/best/0.5", {"slope": [-0.5, -0.6, -0.4]}, "slope"),
         ("samples/token-tree/best/0.5", {"constant": 1e-3}, "of the constant"),
+        (
+            "samples/token-tree/best/0.5",
+            {"mean": [0.0, 0.0, 0.0, 0.0, 1.3 / 4096], "error": [1.0] * 5, "constant": 1.0, "largest": [0.0] * 5},
+            "1.300 of the constant",
+        ),
         ("samples/token-tree/best/0", {"identified_regret": [None, 1e-6]}, "regret without noise"),
         (
             "verifier/combination-lock",
@@ -244,3 +249,13 @@ def test_figure_table_is_extracted_from_a_run(run: Path, tmp_path: Path) -> None
     table = {row["cell"]: row for row in json.loads((tmp_path / "off_policy.json").read_text())}
     means = row_of(run, "samples/token-tree/best/0.5")["mean"]
     assert table["samples/token-tree/best/0.5"]["mean"] == [float(f"{mean:.5g}") for mean in means]
+    summary = json.loads((run / "summary.json").read_text())
+    for key in ("slope", "over_constant"):  # of every problem, drawn or not
+        said = summary["slopes" if key == "slope" else key]
+        assert len(said) == 7
+        for cell, value in said.items():
+            assert table[cell][key] == (None if value is None else [float(f"{x:.5g}") for x in value])
+    for cell, reached in summary["replay"].items():
+        assert dict(zip(map(str, table[cell]["ages"]), table[cell]["reached"], strict=True)) == reached
+    assert len(summary["replay"]) == 4
+    assert "regret" not in table["replay/combination-lock/K=1"]

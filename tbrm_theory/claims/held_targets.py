@@ -1,7 +1,8 @@
 """F6, F7: what is held decides: a frozen value at the state itself traps, a frozen target one step ahead does no harm.
 
 Soft Q-learning in two readings of [Y] App. E. In the first the frozen ``V`` is all there is of the value and the
-log-ratio is trained; in the second ("-q") the logit is trained and only ``V(s_{h+1})`` is frozen.
+log-ratio is trained; in the second ("-q") the logit is trained and only what follows is held: ``V(s_{h+1})``
+(one-step), the sum over the later steps (multi-step).
 """
 
 from __future__ import annotations

@@ -96,11 +96,11 @@ def rest_at_the_optimum_on_policy(case: Case) -> Comparison:
 def brm_does_not_rest(case: Case) -> Comparison:
     """stochastic transitions, any data: the slope of BRM at θ* along c_h(s) = V*(s), h ≥ 2, is 2 Σ_h E Var(V*(s_{h+1})|s_h,a_h)
 
-    which is twice TBRM's noise floor and positive (I7.d); so BRM does not rest at θ*, not even on-policy. Left: the
-    update by ``brm_loss`` at θ*, on-policy and on other data, along c. Right: sums of variances over all
-    trajectories. *Proof.* At θ* the residual of a step is ``n_h = E[V*(s_{h+1})|s_h,a_h] - V*(s_{h+1})``, of mean 0
-    given ``(s_h,a_h)``, and moving by c changes it by ``c(s_h) - c(s_{h+1})``: the slope is ``-2 Σ E n_h V*(s_{h+1})
-    = 2 Σ E n_h²``. ∎
+    which is twice TBRM's noise floor (I7.d), and positive unless V* is constant there: over the successors of
+    every pair visited. So BRM does not rest at θ*, not even on-policy. Left: the update by ``brm_loss`` at θ*,
+    on-policy and on other data, along c. Right: sums of variances over all trajectories. *Proof.* At θ* the residual of a
+    step is ``n_h = E[V*(s_{h+1})|s_h,a_h] - V*(s_{h+1})``, of mean 0 given ``(s_h,a_h)``, and moving by c changes it
+    by ``c(s_h) - c(s_{h+1})``: the slope is ``-2 Σ E n_h V*(s_{h+1}) = 2 Σ E n_h²``. ∎
     """
     along = [torch.zeros_like(case.solution.v[0]), *case.solution.v[1:]]
     left, laws = [], []

@@ -43,8 +43,9 @@ def on_policy_bound(
 ) -> tuple[float, float]:
     """An estimate of B5's right side ``β (√κ(π*,μ) + √κ(π_θ,μ)) √L``, in reward units, and of ``log κ(π*,μ)`` in it.
 
-    By theory.md B7 ``π*/π_θ ∝ e^{-f}``, so the weights of π* against the data are ``w e^{-f}`` up to a factor for each prompt,
-    which is divided out over the batch: ``κ̂ = mean w²/(mean w)²``. On-policy ``w = 1``. The estimate sees sampled completions
+    By theory.md B7 ``π*/π_θ ∝ e^{-f}``, so the weights of π* against the data are ``v = w e^{-f}`` up to a factor ``e^{V_θ-V*}``
+    for each prompt, and ``κ̂ = mean v²/(mean v)²``. One mean over the batch divides out what the prompts have in common; its
+    spread between prompts stays in ``κ̂`` and usually raises it. On-policy ``w = 1``. The estimate sees sampled completions
     only and is therefore low where π* puts mass on what was never sampled; it is a gauge, not a certificate.
     """
     residual, log_weight = residual.double(), log_weight.double()

@@ -21,8 +21,11 @@ __all__ = ["dpo_loss", "kimi_loss", "kimi_residual", "pairwise_loss", "vargrad_l
 
 
 def kimi_residual(scores: TrajectoryScores, *, beta: float | Tensor, group_size: int) -> TrajectoryResidual:
-    """``log mean exp(r/β) + g_θ(τ)``, the mean over the group itself (Kimi k1.5, §2.3.2; [Y] App. E), ``(…, N)``."""
-    scaled_return = grouped(scores.trajectory_return / temperature(beta, scores), group_size, smallest=1)
+    """``log mean exp(r/β) + g_θ(τ)``, the mean over the group itself (Kimi k1.5, §2.3.2; [Y] App. E), ``(…, N)``.
+
+    A group of one is refused: its mean is ``r/β``, the reward cancels and ``(log π_θ/π_ref)²`` is left.
+    """
+    scaled_return = grouped(scores.trajectory_return / temperature(beta, scores), group_size)
     value = scaled_return.logsumexp(-1, keepdim=True) - math.log(group_size)
     own = value.expand_as(scaled_return).flatten(-2)
     return checked(own + reward_gap(scores, beta=beta), scores)

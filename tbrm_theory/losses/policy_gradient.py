@@ -73,7 +73,7 @@ def grpo_loss(
 
     Args:
         corrected_kl: multiply ``k3`` by ``w_h``. For ``μ = π_θ`` the value is the same, and the gradient becomes that of
-            ``KL(π_θ ‖ π_ref)`` where it was that of ``KL(π_ref ‖ π_θ)``.
+            ``KL(π_θ ‖ π_ref)`` in each state visited, the law of the states held, where it was that of ``KL(π_ref ‖ π_θ)``.
     """
     gain = _token_gain(scores, _group_advantage(scores, group_size, normalised=True), clip, clip, "GRPO")
     gain = gain - step_temperature(beta, scores) * _k3(scores, corrected=corrected_kl, why="GRPO")

@@ -5,11 +5,11 @@ a one-step residual is ``V(s_h) + ρ_h - r_h/β - V(s_{h+1})`` and a multi-step 
 ``V = 0`` after the last step. What differs is whose V it is, and what of it is trained:
 
 ===================  ==============================  =======================================  ===========================
-loss                 ``V(s_h)``                      ``V(s_{h+1})``                           later ``ρ_k``
+loss                 ``V(s_h)``                      ``V(s_{h+1})``, one-step alone           later ``ρ_k``, multi-step
 ===================  ==============================  =======================================  ===========================
-BRM                  the model's, trained            the model's, trained                     (one step)
+BRM                  the model's, trained            the model's, trained                     none
 SQL one, multi       frozen                          frozen                                   trained
-SQL one, multi (q)   the model's, trained            frozen                                   constant
+SQL one, multi (q)   the model's, trained            frozen                                   held, in one sum
 PCL one, multi       a second model's, trained       a second model's, trained                trained
 ===================  ==============================  =======================================  ===========================
 

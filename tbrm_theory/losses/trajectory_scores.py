@@ -175,15 +175,15 @@ def step_temperature(beta: float | Tensor, scores: TrajectoryScores) -> Float[Te
     return temperature(beta, scores).unsqueeze(-1)
 
 
-def grouped(table: TrajectoryResidual, group_size: int, *, smallest: int = 2) -> Float[Tensor, "... groups group_size"]:
+def grouped(table: TrajectoryResidual, group_size: int) -> Float[Tensor, "... groups group_size"]:
     """Consecutive trajectories that answer one prompt, ``(…, N) → (…, N / n, n)``.
 
     Raises:
-        InvalidInputError: groups smaller than ``smallest``, or that do not divide the trajectories.
+        InvalidInputError: groups smaller than 2, or that do not divide the trajectories.
     """
     count = table.shape[-1]
-    if group_size < smallest:
-        raise InvalidInputError("group_size", f"expected at least {smallest} trajectories, found {group_size}")
+    if group_size < 2:
+        raise InvalidInputError("group_size", f"expected at least 2 trajectories, found {group_size}")
     if count % group_size:
         raise InvalidInputError("group_size", f"expected a divisor of the {count} trajectories, found {group_size}")
     return table.unflatten(-1, (count // group_size, group_size))
