@@ -30,18 +30,18 @@ def extract(cells: list[Row]) -> list[Row]:
     """What is drawn, and of the problems that are not, what is said of them; to five digits."""
     rows = []
     for cell in cells:
-        part = cell["cell"].partition("/")[0]
+        part, shown = cell["cell"].partition("/")[0], cell["family"] == SHOWN
         row = {key: cell[key] for key in ("cell", "family")}
         if part == "mixing":
             last = max(cell["regret"], key=int)
             row |= {"updates": int(last), "distance": cell["distance"], "start": cell["start"]}
             row |= {"regret": cell["regret"][last], "certificate": cell["certificate"][last]}
         elif part == "replay":
-            drawn = ("samples", "regret", "certificate") if cell["family"] == SHOWN else ()
-            row |= {key: cell[key] for key in ("reuse", "ages", "reached", *drawn)}
-        elif part == "samples" and (cell["family"] == SHOWN or cell["noise"] > 0):
-            drawn = ("sizes", "mean", "error", "constant", "theorem2", "fast") if cell["family"] == SHOWN else ()
-            row |= {key: cell[key] for key in ("data", "noise", "slope", *drawn)}
+            keys = ("reuse", "ages", "reached", *(("samples", "regret", "certificate") if shown else ()))
+            row |= {key: cell[key] for key in keys}
+        elif part == "samples" and (shown or cell["noise"] > 0):
+            drawn = ("sizes", "mean", "error", "constant", "theorem2", "fast")
+            row |= {key: cell[key] for key in ("data", "noise", "slope", *(drawn if shown else ()))}
             row["over_constant"] = _over_constant(cell)
         elif part == "verifier":
             row["reports"] = cell["reports"]
