@@ -1,7 +1,7 @@
 """The runs of an LLM file (``run: train``): learning curves on held-out problems, and the cost table of [Y] Fig. 2(b).
 
-Called by ``llm_run.py``. Every run is a process of its own, so that its memory is its own; or ``accelerate launch`` starts several for one
-run, of which the first alone records. All start from the same pre-trained model, made once, and are judged on the same held-out
+Called by ``llm_run.py``. Every run is a process of its own, so that its memory is its own; or ``accelerate launch`` starts several for
+one run, and the first alone records. All start from the same pre-trained model, made once, and are judged on the same held-out
 problems. What is done is recorded run by run: a later command of the same file and overrides, with ``--only`` for other methods or
 without, goes on with what is missing, and the summary is written once all runs of the file are there.
 

@@ -131,7 +131,7 @@ def test_3_the_reference_of_an_instance_is_the_weights_as_given(tmp_path: Path) 
 
 def test_3_under_zero_3_an_instance_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference_trainer, "is_deepspeed_zero3_enabled", lambda: True)
-    with pytest.raises(InvalidInputError, match="^model: under ZeRO-3 .* pass the name"):
+    with pytest.raises(InvalidInputError, match=r"^model: under ZeRO-3 .* pass the name"):
         trainer(tmp_path)
 
 
