@@ -156,7 +156,7 @@ def train(problem: Problem, phase: str, folder: Path) -> dict[str, Any]:
         callbacks=[ExactRegret(problem, every)],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder, before=config.steps))
     log = trainer.state.log_history
     regrets = [row for row in log if "exact_regret" in row]
     losses = [row for row in log if "loss" in row]

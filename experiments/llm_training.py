@@ -38,7 +38,7 @@ from tbrm_theory.llm.pretraining import found_pretrained
 from tbrm_theory.llm.run_arguments import RunArguments
 from tbrm_theory.llm.run_files import Run as LanguageRun
 from tbrm_theory.llm.run_files import read_file, read_runs, split_command_line
-from tbrm_theory.llm.run_training import needs_pretraining, pretrain_run, train_run
+from tbrm_theory.llm.run_training import pretrain_run, starts_from_nothing, train_run
 from tbrm_theory.results import Run
 from tbrm_theory.statistics import bootstrap_interval
 
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
     done = {row["cell"] for row in run.rows()}
     missing = [each.name for each in wanted if each.name not in done]
     start = _start(wanted[0].arguments, run.folder)
-    if missing and needs_pretraining(wanted[0].arguments) and not (PRETRAINING in done and found_pretrained(start)):
+    if missing and starts_from_nothing(wanted[0].arguments) and not (PRETRAINING in done and found_pretrained(start)):
         missing.insert(0, PRETRAINING)
     _told_by_the_first([str(run.folder), *missing])
     try:
@@ -109,8 +109,8 @@ def _check_processes(wanted: list[LanguageRun]) -> None:
             "--only", "several processes train one run; name one method, and give the file one seed"
         )
     given = wanted[0].arguments.pretrained
-    if needs_pretraining(wanted[0].arguments) and not (given and found_pretrained(Path(given))):
-        raise InvalidInputError("pretrained", "one process pre-trains; expected the folder of what it made")
+    if starts_from_nothing(wanted[0].arguments) and not (given and found_pretrained(Path(given))):
+        raise InvalidInputError("pretrained", "one process makes the model; expected the folder where it did")
 
 
 def _told_by_the_first(words: list[str]) -> list[str]:
@@ -157,8 +157,7 @@ def make_row(arguments: Sequence[str], name: str, folder: Path) -> Row:
     start = _start(first.arguments, folder)
     if name == PRETRAINING:
         return pretrain_run(first, start)
-    begins_there = needs_pretraining(first.arguments) or (first.arguments.pretrained and not first.arguments.model)
-    return train_run(runs[name], folder / name, start if begins_there else None)
+    return train_run(runs[name], folder / name, start if starts_from_nothing(first.arguments) else None)
 
 
 # -- summary ---------------------------------------------------------------------------------------------------------------

@@ -14,12 +14,14 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from safetensors.torch import load_file
 
 from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.llm.judging import Judge, responses
 from tbrm_theory.llm.part_timer import PARTS
 from tbrm_theory.llm.peak_memory import PeakMemory
 from tbrm_theory.llm.run_files import read_runs
+from tbrm_theory.llm.run_parts import build_model
 from tests.tiny_language_models import language_model, language_model_test, own_randomness, tokenizer  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
@@ -67,11 +69,13 @@ def test_every_run_starts_from_the_pre_trained_model(made: dict[str, dict[str, A
 @pytest.mark.parametrize("method", ["rloo", "a2po"])
 def test_trl_s_other_methods_train_and_their_costs_are_split(method: str, tmp_path: Path) -> None:
     file = yaml.safe_load(CONFIG.read_text())
-    own = {"rloo": {"num_generations": 4}, "a2po": {"num_value_samples": 2, "filter_all_incorrect": False}}[method]
+    own = {"rloo": {"num_generations": 4}, "a2po": {"num_value_samples": 2, "filter_all_incorrect": False}}
+    methods = {name: {"method": name} | options for name, options in own.items()}
     path = tmp_path / "file.yaml"
-    path.write_text(yaml.safe_dump(file | {"methods": {method: {"method": method} | own}, "seeds": [0]}))
+    path.write_text(yaml.safe_dump(file | {"methods": methods, "seeds": [0]}))
     words = command(tmp_path, "--pretraining_steps", "0")
     words[words.index(str(CONFIG))] = str(path)
+    llm_training.make_row(words, "pretraining", tmp_path)
     found = llm_training.make_row(words, f"{method}/seed-0", tmp_path)
     assert {part for part in ("rollout", "reference", "update") if found["seconds_per_step"][part] <= 0} == set()
     assert found["models_held"] == 2
@@ -181,8 +185,14 @@ def test_what_was_pre_trained_is_not_made_again(made: dict[str, dict[str, Any]])
 
 
 def test_a_model_needs_no_pre_training(tmp_path: Path) -> None:
-    """Drawn from the architecture; and a run killed between its last checkpoint and its record is read back from disk."""
+    """Its weights stay as drawn; and a run killed between its last checkpoint and its record ends as it did."""
     words = command(tmp_path, "--pretraining_steps", "0", "--save_strategy", "steps", "--save_steps", "1")
+    start = llm_training.make_row(words, "pretraining", tmp_path)
+    assert (start["steps"], start["accuracy"]) == (0, None)
+    drawn = build_model(read_runs(words)[0].arguments).state_dict()
+    kept = load_file(tmp_path / "pretraining" / "model.safetensors")
+    assert kept
+    assert all(torch.equal(table, drawn[name]) for name, table in kept.items())
     first = llm_training.make_row(words, "tbrm-n1/seed-0", tmp_path)
     assert first["curve"][-1][0] == 2
     again = llm_training.make_row(words, "tbrm-n1/seed-0", tmp_path)
@@ -273,14 +283,15 @@ def test_several_processes_do_not_train_several_runs(tmp_path: Path, monkeypatch
     with pytest.raises(InvalidInputError, match="--only"):
         llm_training.main(command(tmp_path))
     monkeypatch.setattr(llm_training, "read_runs", lambda _: runs[:1])
-    with pytest.raises(InvalidInputError, match=r"^pretrained: one process pre-trains"):
+    with pytest.raises(InvalidInputError, match=r"^pretrained: one process makes the model"):
         llm_training.main(command(tmp_path))
 
 
 @pytest.mark.slow
 def test_of_two_processes_one_records(tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    sizes = ["--pretraining_steps", "0", "--per_device_train_batch_size", "4"]
+    sizes = ["--pretraining_steps", "0", "--pretrained", str(tmp_path / "start"), "--per_device_train_batch_size", "4"]
+    llm_training.make_row(command(tmp_path, *sizes), "pretraining", tmp_path)
     program = [str(ROOT / "experiments" / "llm_run.py"), *command(tmp_path, *sizes)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     path = tmp_path / "one.yaml"
@@ -296,8 +307,8 @@ def test_of_two_processes_one_records(tmp_path: Path) -> None:
     )
     assert done.returncode in (0, 1), done.stderr[-3000:]  # 1: two steps may leave it worse
     (folder,) = (path for path in (tmp_path / "llm_run").iterdir() if not path.is_symlink())
-    (found,) = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert found["cell"] == "tbrm-n1/seed-0"
+    start, found = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+    assert (start["cell"], found["cell"]) == ("pretraining", "tbrm-n1/seed-0")
     assert [point[:2] for point in found["curve"]] == [[0, 0], [1, 8], [2, 16]]
     assert (folder / "summary.json").exists()
     assert done.stdout.count("held-out problems") == 1

@@ -1,8 +1,8 @@
 """A model to start from where no weights can be had: trained on solved problems until it answers some of them right.
 
-TRL's ``SFTTrainer`` trains it on the responses alone; it stops at the first judgement at which the wanted share of training problems
-is answered right by sampling, and is saved as any model is: beside its place, and moved there when all is written, so that a folder
-with ``pretrained.json`` in it is whole.
+With no steps its weights stay as they were drawn. Otherwise TRL's ``SFTTrainer`` trains it on the responses alone; it stops at the
+first judgement at which the wanted share of training problems is answered right by sampling. It is saved as any model is, beside its
+place, and moved there when all is written: a folder with ``pretrained.json`` in it is whole.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PrinterCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -38,7 +38,8 @@ class Pretrained:
 
     parameters: int
     steps: int
-    accuracy: float
+    accuracy: float | None
+    """At the end, on training problems."""
 
 
 def found_pretrained(folder: Path) -> Pretrained | None:
@@ -63,13 +64,33 @@ def pretrain(arguments: RunArguments, folder: Path, reward: Reward, *, tokens: i
         )
     aside = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
+    tokenizer, model = build_tokenizer(arguments), build_model(arguments)
+    made = Pretrained(parameter_count(model), 0, None)
+    if arguments.pretraining_steps:
+        made = _trained(model, tokenizer, arguments, aside / "checkpoints", reward, tokens=tokens, training=training)
+    model.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    write_json(aside / _MARK, vars(made))
+    os.replace(aside, folder)
+    return made
+
+
+def _trained(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: RunArguments,
+    folder: Path,
+    reward: Reward,
+    *,
+    tokens: int,
+    training: Any,
+) -> Pretrained:
     if arguments.task == MATH:
         raise InvalidInputError("pretraining_steps", "the problems of `data` have answers and no worked solutions")
-    tokenizer, model = build_tokenizer(arguments), build_model(arguments)
     split = build_dataset(arguments, train_problems=arguments.pretraining_problems)
     solved = split.train.select_columns(["prompt", "solution"]).rename_column("solution", "completion")
     settings = SFTConfig(
-        output_dir=str(aside / "checkpoints"),
+        output_dir=str(folder),
         max_steps=arguments.pretraining_steps,
         per_device_train_batch_size=arguments.pretraining_batch_size,
         learning_rate=arguments.pretraining_learning_rate,
@@ -108,9 +129,4 @@ def pretrain(arguments: RunArguments, folder: Path, reward: Reward, *, tokens: i
         raise InvalidInputError(
             "pretraining_steps", f"{found} within {arguments.pretraining_steps} updates, found {last.accuracy:.0%}"
         )
-    made = Pretrained(parameter_count(model), last.step, last.accuracy)
-    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    write_json(aside / _MARK, vars(made))
-    os.replace(aside, folder)
-    return made
+    return Pretrained(parameter_count(model), last.step, last.accuracy)

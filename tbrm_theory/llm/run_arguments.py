@@ -71,7 +71,7 @@ class RunArguments:
     )
 
     # Pre-training on solved problems, for a model that starts from nothing.
-    pretraining_steps: int = field(default=0, metadata={"help": "at most; 0: none"})
+    pretraining_steps: int = field(default=0, metadata={"help": "at most; 0: none, the weights stay as drawn"})
     pretraining_batch_size: int = field(default=128, metadata={"help": "solved problems in one update"})
     pretraining_learning_rate: float = field(default=1e-3, metadata={"help": "highest, after the warm-up"})
     pretraining_problems: int = field(
@@ -81,7 +81,7 @@ class RunArguments:
         default=0.4, metadata={"help": "stops once this share of training problems is answered right"}
     )
     pretrained: str | None = field(
-        default=None, metadata={"help": "folder of the pre-trained model: read if it is there, else made and kept"}
+        default=None, metadata={"help": "folder of the model made first: read if it is there, else made and kept"}
     )
 
     # Judging on held-out problems: Avg@k, the mean over k sampled responses each.

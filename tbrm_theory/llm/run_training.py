@@ -24,19 +24,19 @@ from tbrm_theory.llm.pretraining import found_pretrained, pretrain
 from tbrm_theory.llm.reference_trainer import ReferenceTrainer
 from tbrm_theory.llm.run_arguments import MATH, RunArguments
 from tbrm_theory.llm.run_files import Run
-from tbrm_theory.llm.run_parts import build_dataset, build_model, build_tokenizer, parameter_count
+from tbrm_theory.llm.run_parts import build_dataset, build_tokenizer, parameter_count
 from tbrm_theory.llm.tasks import Reward, reasoning_gym_reward
 from tbrm_theory.llm.timed import timed
 from tbrm_theory.llm.trainer_state import last_checkpoint
 
-__all__ = ["needs_pretraining", "pretrain_run", "train_run"]
+__all__ = ["pretrain_run", "starts_from_nothing", "train_run"]
 
 Row = dict[str, Any]
 
 
-def needs_pretraining(arguments: RunArguments) -> bool:
-    """Whether the run starts from a model that has to be made first."""
-    return arguments.model is None and arguments.pretraining_steps > 0
+def starts_from_nothing(arguments: RunArguments) -> bool:
+    """Whether the model that a run starts from has to be made first."""
+    return arguments.model is None
 
 
 def pretrain_run(run: Run, folder: Path) -> Row:
@@ -55,7 +55,7 @@ def train_run(run: Run, folder: Path, start: Path | None) -> Row:
     Of several processes all train and judge, and the main one alone writes.
 
     Args:
-        start: the folder of a model with its tokenizer; without it ``model`` is read, or drawn from ``architecture``.
+        start: the folder of a model with its tokenizer; without it ``model`` is read.
 
     Returns:
         ``curve``: a list ``[update, rollouts, accuracy]`` by judgement; ``rewards``: the last judgement's, by problem and response;
@@ -65,11 +65,12 @@ def train_run(run: Run, folder: Path, start: Path | None) -> Row:
     arguments, training = run.arguments, run.training
     memory = PeakMemory()
     training.output_dir = str(folder)
+    training.model_init_kwargs = {"dtype": arguments.dtype}  # type: ignore[attr-defined]
     split = build_dataset(arguments, seed=training.seed)
     tokenizer = build_tokenizer(arguments, start)
     with quiet(run), _reward(arguments) as reward:
         trainer = timed(trainer_class(arguments.method))(
-            model=_model(run, start),
+            model=str(start or arguments.model),  # it reads the model itself, for it knows what is sharded
             reward_funcs=reward,
             args=training,
             train_dataset=split.train,
@@ -90,33 +91,25 @@ def train_run(run: Run, folder: Path, start: Path | None) -> Row:
         judge.attach(trainer)
         trainer.remove_callback(PrinterCallback)  # the log is kept in a file
         own = isinstance(trainer, ReferenceTrainer)
-        trainer.train(resume_from_checkpoint=last_checkpoint(folder, processes=training.world_size, own=own))
+        processes, updates = training.world_size, training.max_steps
+        trainer.train(resume_from_checkpoint=last_checkpoint(folder, before=updates, processes=processes, own=own))
     if not trainer.is_world_process_zero():
         return {}
     _write_lines(folder / "log.jsonl", trainer.state.log_history)
     held = [trainer.model, getattr(trainer, "ref_model", None), getattr(trainer, "critic", None)]
-    curve, rewards = _read_lines(folder / "curve.jsonl"), _read_lines(folder / "rewards.jsonl")
+    curve = _read_lines(folder / "curve.jsonl")
     return {
         "name": arguments.name,
         "method": arguments.method,
         "seed": training.seed,
         "rollouts": _rollouts(run),
         "curve": [[row["step"], row["rollouts"], row["accuracy"]] for row in curve],
-        "rewards": rewards,
+        "rewards": judge.judgements[-1].rewards,
         "seconds_per_step": _seconds(trainer.state.log_history),
         "peak_bytes": memory.bytes(),
         "models_held": sum(each is not None for each in held),
         "parameters": parameter_count(trainer.accelerator.unwrap_model(trainer.model)),
     }
-
-
-def _model(run: Run, start: Path | None) -> Any:
-    """What the trainer is given: a name, which it reads itself, for it knows what is sharded; or a model drawn here."""
-    source = start or run.arguments.model
-    if source is None:
-        return build_model(run.arguments)
-    run.training.model_init_kwargs = {"dtype": run.arguments.dtype}  # type: ignore[attr-defined]
-    return str(source)
 
 
 def _further(arguments: RunArguments) -> dict[str, Any]:
@@ -173,15 +166,14 @@ def _keep(folder: Path, run: Run, found: Judgement) -> None:
     rollouts = found.step * run.arguments.prompts_per_step * _rollouts(run)
     point = {"step": found.step, "rollouts": rollouts, "accuracy": found.accuracy}
     _write_lines(folder / "samples.jsonl", found.samples)
-    _write_lines(folder / "rewards.jsonl", found.rewards)
     _write_lines(path, [row for row in kept if row["step"] < found.step] + [point])
 
 
-def _read_lines(path: Path) -> list[Any]:
+def _read_lines(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def _write_lines(path: Path, rows: list[Any]) -> None:
+def _write_lines(path: Path, rows: list[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacement(path) as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
