@@ -12,6 +12,7 @@ from torch import Tensor
 from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.llm import trainer as trainer_module
 from tbrm_theory.llm.critic import Critic, PPOTrainer
+from tbrm_theory.llm.trainer import TBRMTrainer
 from tbrm_theory.llm.trainer_state import last_checkpoint
 from tbrm_theory.losses import TrajectoryScores, ppo_loss
 from tests.tiny_language_models import (
@@ -171,16 +172,16 @@ def test_the_critic_recomputes_its_activations_if_the_settings_say_so(asked: boo
 
 
 @pytest.mark.parametrize("kind", ["fsdp", "deepspeed"])
-def test_engines_that_shard_one_model_are_refused(kind: str, tmp_path: Path) -> None:
-    class Sharded(PPOTrainer):
-        def __setattr__(self, name: str, value: Any) -> None:
-            super().__setattr__(name, True if name == f"is_{kind}_enabled" else value)
+def test_engines_that_shard_one_model_are_refused(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = TBRMTrainer.__init__
 
-        def _placed(self, reference: Any) -> Any:
-            return reference
+    def sharded(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        setattr(self, f"is_{kind}_enabled", True)
 
+    monkeypatch.setattr(TBRMTrainer, "__init__", sharded)
     with pytest.raises(InvalidInputError, match=f"^{kind}: shards one model.*DDP"):
-        trainer(tmp_path, kind=Sharded, loss="ppo")
+        ppo(tmp_path)
 
 
 def test_a_loss_with_a_critic_is_refused_where_there_is_none(tmp_path: Path) -> None:
