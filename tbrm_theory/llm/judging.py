@@ -64,7 +64,7 @@ def responses(
     training = model.training
     model.eval()
     with torch.random.fork_rng(devices), torch.no_grad():
-        torch.random.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         if devices:
             torch.cuda.manual_seed(seed)
         for start in range(0, len(texts), rows):
