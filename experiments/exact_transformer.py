@@ -51,6 +51,7 @@ from tbrm_theory.bounds import theorem2
 from tbrm_theory.coverage import kappa
 from tbrm_theory.experiment import run_experiment
 from tbrm_theory.llm.trainer import TBRMConfig, TBRMTrainer
+from tbrm_theory.llm.trainer_state import last_checkpoint
 from tbrm_theory.mdp import RegularizedMDP
 from tbrm_theory.objectives import PopulationObjective
 from tbrm_theory.occupancy import occupancy
@@ -155,7 +156,7 @@ def train(problem: Problem, phase: str, folder: Path) -> dict[str, Any]:
         callbacks=[ExactRegret(problem, every)],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder, before=config.steps))
     log = trainer.state.log_history
     regrets = [row for row in log if "exact_regret" in row]
     losses = [row for row in log if "loss" in row]
@@ -169,12 +170,6 @@ def train(problem: Problem, phase: str, folder: Path) -> dict[str, Any]:
         "kappa": kappa(problem.mdp, problem.tree.log_policy_of(logits), problem.mdp.log_reference).item(),
         "certificate": theorem2(problem.mdp, logits, problem.mdp.log_reference, solution=problem.solution).item(),
     }
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end: the trainer's own state comes last."""
-    whole = [path.parent for path in folder.glob("checkpoint-*/tbrm_state_0.safetensors")]
-    return str(max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")))) if whole else None
 
 
 class TabularFromModel(Tabular):

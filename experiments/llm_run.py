@@ -30,7 +30,7 @@ from rich.table import Table
 
 from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.llm.launch_files import Launch, read_launch_file
-from tbrm_theory.llm.methods import configuration_class, trainer_class
+from tbrm_theory.llm.methods import METHODS, configuration_class, trainer_class
 from tbrm_theory.llm.run_arguments import MATH
 from tbrm_theory.llm.run_estimates import Memory, Work, memory_estimate, work_estimate
 from tbrm_theory.llm.run_files import Run, read_file, read_runs, read_settings, split_command_line
@@ -60,9 +60,11 @@ def check_run(run: Run, launches: Sequence[Launch]) -> None:
     trainer, configuration = trainer_class(arguments.method), configuration_class(arguments.method)
     if not (isinstance(trainer, type) and type(training) is configuration):
         raise InvalidInputError("method", f"{arguments.method} was given a {type(training).__name__}")
-    if getattr(training, "trust_remote_code", False) or training.report_to not in ([], ["none"]):
-        raise InvalidInputError("report_to", "nothing is reported, and no code of a model is run")
     for launch in launches:
+        if METHODS[arguments.method].critic and launch.stage > 0:
+            raise InvalidInputError(
+                "launch", f"{arguments.method} trains two models, which FSDP and DeepSpeed do not shard: use DDP"
+            )
         if launch.processes != arguments.processes:
             raise InvalidInputError(
                 "launch", f"starts {launch.processes} processes, but `processes` is {arguments.processes}"
@@ -77,6 +79,12 @@ def check_run(run: Run, launches: Sequence[Launch]) -> None:
         )
     if arguments.task != MATH or (arguments.data and Path(arguments.data).suffix):
         check_problems(run)
+
+
+def check_own_code(run: Run) -> None:
+    """That nothing is sent anywhere, and nothing run that came with a model."""
+    if getattr(run.training, "trust_remote_code", False) or run.training.report_to not in ([], ["none"]):
+        raise InvalidInputError("report_to", "nothing is reported, and no code of a model is run")
 
 
 def check_problems(run: Run) -> None:
@@ -107,6 +115,7 @@ def tables(checked: Sequence[tuple[Run, Memory, Work]]) -> list[Table]:
         "activations",
         "logits",
         "generation",
+        "judging",
     )
     memory = Table("run", *parts, "peak", title="GiB on each device (estimate)")
     work = Table(
@@ -143,6 +152,8 @@ def main(arguments: Sequence[str]) -> int:
     if read_file(line.config).get("run") == "exact":
         return run_exact(arguments)
     runs = read_runs(arguments)
+    for run in runs:
+        check_own_code(run)
     if not runs[0].arguments.dry_run:
         return train(arguments)
     console = Console(width=None if sys.stdout.isatty() else 200)

@@ -1,9 +1,9 @@
 """The runs of an LLM file (``run: train``): learning curves on held-out problems, and the cost table of [Y] Fig. 2(b).
 
-Called by ``llm_run.py``. Every run is a process of its own, so that its memory is its own; all start from the same pre-trained model,
-made once, and are judged on the same held-out problems. What is done is recorded run by run: a later command of the same file
-and overrides, with ``--only`` for other methods or without, goes on with what is missing, and the summary is written once all
-runs of the file are there.
+Called by ``llm_run.py``. Every run is a process of its own, so that its memory is its own; or ``accelerate launch`` starts several for
+one run, and the first alone records. All start from the same pre-trained model, made once, and are judged on the same held-out
+problems. What is done is recorded run by run: a later command of the same file and overrides, with ``--only`` for other methods or
+without, goes on with what is missing, and the summary is written once all runs of the file are there.
 
 summary.json: `accuracy` (by method: Avg@k at the end, mean over seeds, 95 % bootstrap interval over problems), `accuracy_by_seed`,
 `start_accuracy`, `seconds_per_step` (by method and part: rollout, reference, old_log_probs, update, critic, other), `step_seconds`,
@@ -27,15 +27,18 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
+from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.llm.part_timer import PARTS
+from tbrm_theory.llm.pretraining import found_pretrained
+from tbrm_theory.llm.run_arguments import RunArguments
 from tbrm_theory.llm.run_files import Run as LanguageRun
 from tbrm_theory.llm.run_files import read_file, read_runs, split_command_line
-from tbrm_theory.llm.run_training import needs_pretraining, pretrain_run, train_run
+from tbrm_theory.llm.run_training import pretrain_run, starts_from_nothing, train_run
 from tbrm_theory.results import Run
 from tbrm_theory.statistics import bootstrap_interval
 
@@ -51,18 +54,20 @@ def main(arguments: Sequence[str]) -> int:
     """Make what is missing; 0: nothing went wrong, 1: a run got worse, 130: interrupted, what is done is kept."""
     started = time.perf_counter()
     wanted, whole = read_runs(arguments), read_runs(_without_only(arguments))
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and len(wanted) > 1:
-        raise InvalidInputError(
-            "--only", "several processes train one run; name one method, and give the file one seed"
-        )
+    if _processes() > 1:
+        _check_processes(wanted)
+        if int(os.environ.get("RANK", "0")) > 0:
+            return follow(arguments)
     console = Console(width=None if sys.stdout.isatty() else 200)
     line = split_command_line(arguments)
     settings = {"file": read_file(line.config), "overrides": [*line.rest, *map(str, line.dotted.items())]}
     run = Run.open("llm_run", settings, root=Path(wanted[0].arguments.results))
     done = {row["cell"] for row in run.rows()}
     missing = [each.name for each in wanted if each.name not in done]
-    if needs_pretraining(wanted[0].arguments) and wanted[0].arguments.pretrained is None and PRETRAINING not in done:
+    start = _start(wanted[0].arguments, run.folder)
+    if missing and starts_from_nothing(wanted[0].arguments) and not (PRETRAINING in done and found_pretrained(start)):
         missing.insert(0, PRETRAINING)
+    _told_by_the_first([str(run.folder), *missing])
     try:
         with Progress(console=console, transient=True) as progress:
             task = progress.add_task("runs", total=len(missing))
@@ -86,6 +91,41 @@ def main(arguments: Sequence[str]) -> int:
     return 1 if summary["unexpected"] else 0
 
 
+def follow(arguments: Sequence[str]) -> int:
+    """What the other processes of a launch do: train with the first, in its folder, and record nothing."""
+    folder, *names = _told_by_the_first([])
+    for name in names:
+        make_row(arguments, name, Path(folder))
+    return 0
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _check_processes(wanted: list[LanguageRun]) -> None:
+    if len(wanted) > 1:
+        raise InvalidInputError(
+            "--only", "several processes train one run; name one method, and give the file one seed"
+        )
+    given = wanted[0].arguments.pretrained
+    if starts_from_nothing(wanted[0].arguments) and not (given and found_pretrained(Path(given))):
+        raise InvalidInputError("pretrained", "one process makes the model; expected the folder where it did")
+
+
+def _told_by_the_first(words: list[str]) -> list[str]:
+    """What the first process says, in all of them."""
+    if _processes() == 1:
+        return words
+    (told,) = broadcast_object_list([words])
+    return list(told)
+
+
+def _start(arguments: RunArguments, folder: Path) -> Path:
+    """Where the pre-trained model of a file stands, or will stand."""
+    return Path(arguments.pretrained) if arguments.pretrained else folder / PRETRAINING
+
+
 def _without_only(arguments: Sequence[str]) -> list[str]:
     kept, skip = [], False
     for word in arguments:
@@ -99,7 +139,7 @@ def _without_only(arguments: Sequence[str]) -> list[str]:
 
 def _in_a_process(arguments: Sequence[str], name: str, folder: Path) -> Row:
     """The row of one run; a process that dies takes nothing with it."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if _processes() > 1:
         return make_row(arguments, name, folder)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
@@ -114,13 +154,10 @@ def make_row(arguments: Sequence[str], name: str, folder: Path) -> Row:
     """What is recorded of one run, or of the pre-training that comes before all."""
     runs = {run.name: run for run in read_runs(arguments)}
     first: LanguageRun = next(iter(runs.values()))
-    given = first.arguments.pretrained
-    start = Path(given) if given else folder / PRETRAINING
+    start = _start(first.arguments, folder)
     if name == PRETRAINING:
         return pretrain_run(first, start)
-    if needs_pretraining(first.arguments) and not (start / "config.json").exists():
-        pretrain_run(first, start)
-    return train_run(runs[name], folder / name, None if first.arguments.model else start)
+    return train_run(runs[name], folder / name, start if starts_from_nothing(first.arguments) else None)
 
 
 # -- summary ---------------------------------------------------------------------------------------------------------------
@@ -128,7 +165,7 @@ def make_row(arguments: Sequence[str], name: str, folder: Path) -> Row:
 
 def summarise(rows: list[Row], seconds: float) -> Row:
     """The headline numbers; keys are explained above."""
-    made = {row["cell"]: row for row in rows if "pretraining" not in row["cell"]}
+    made = {row["cell"]: row for row in rows if row["cell"] != PRETRAINING}
     methods: dict[str, list[Row]] = {}
     for row in made.values():
         methods.setdefault(row["name"], []).append(row)

@@ -29,6 +29,7 @@ import llm_run  # noqa: E402
 import tbrm_theory as tt  # noqa: E402
 from tbrm_theory.llm.run_files import read_settings  # noqa: E402
 from tbrm_theory.llm.trainer import TBRMTrainer  # noqa: E402
+from tbrm_theory.llm.trainer_state import last_checkpoint  # noqa: E402
 from tbrm_theory.losses import tbrm_loss  # noqa: E402
 from tbrm_theory.scores import table_scores  # noqa: E402
 from tbrm_theory.trajectories import trajectory_return  # noqa: E402
@@ -278,12 +279,19 @@ def test_a_run_killed_inside_a_part_goes_on_to_the_same_numbers(
 
 
 def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path: Path) -> None:
-    assert experiment.last_checkpoint(tmp_path) is None
+    assert last_checkpoint(tmp_path, before=200) is None
     for step in (9, 80, 100):
         (tmp_path / f"checkpoint-{step}").mkdir()
     for step in (9, 80):
         (tmp_path / f"checkpoint-{step}" / "tbrm_state_0.safetensors").touch()
-    assert experiment.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-80")
+    assert last_checkpoint(tmp_path, before=200) == str(tmp_path / "checkpoint-80")
+    assert last_checkpoint(tmp_path, before=80) == str(tmp_path / "checkpoint-9")
+    assert last_checkpoint(tmp_path, before=200, processes=2) is None
+    (tmp_path / "checkpoint-9" / "tbrm_state_1.safetensors").touch()
+    assert last_checkpoint(tmp_path, before=200, processes=2) == str(tmp_path / "checkpoint-9")
+    assert last_checkpoint(tmp_path, before=200, own=False) is None
+    (tmp_path / "checkpoint-100" / "trainer_state.json").touch()
+    assert last_checkpoint(tmp_path, before=200, own=False) == str(tmp_path / "checkpoint-100")
 
 
 # -- settings ------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from tbrm_theory.errors import InvalidInputError
+from tbrm_theory.llm import trainer as trainer_module
 from tbrm_theory.llm.critic import Critic, PPOTrainer
+from tbrm_theory.llm.trainer import TBRMTrainer
+from tbrm_theory.llm.trainer_state import last_checkpoint
 from tbrm_theory.losses import TrajectoryScores, ppo_loss
 from tests.tiny_language_models import (
     completions_of,
@@ -144,6 +147,41 @@ def test_a_resumed_run_ends_at_the_same_critic(tmp_path: Path) -> None:
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     for x, y in zip(whole.critic.parameters(), resumed.critic.parameters(), strict=True):
         assert torch.equal(x, y)
+
+
+def test_a_checkpoint_has_the_critic_before_the_state_that_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer_module, "save_state", killed)
+    with pytest.raises(KeyboardInterrupt):
+        ppo(tmp_path, save_strategy="steps", save_steps=1).train()
+    assert (tmp_path / "checkpoint-1" / "critic.safetensors").exists()
+    assert (tmp_path / "checkpoint-1" / "trainer_state.json").exists()
+    assert last_checkpoint(tmp_path, before=9) is None
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_critic_recomputes_its_activations_if_the_settings_say_so(asked: bool, tmp_path: Path) -> None:
+    run = ppo(tmp_path, activation_checkpointing=asked)
+    assert run.critic.network.is_activation_checkpointing == asked
+    run.train()
+    assert any(bool(parameter.any()) for parameter in run.critic.head.parameters())
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "deepspeed"])
+def test_engines_that_shard_one_model_are_refused(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = TBRMTrainer.__init__
+
+    def sharded(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        setattr(self, f"is_{kind}_enabled", True)
+
+    monkeypatch.setattr(TBRMTrainer, "__init__", sharded)
+    with pytest.raises(InvalidInputError, match=f"^{kind}: shards one model.*DDP"):
+        ppo(tmp_path)
 
 
 def test_a_loss_with_a_critic_is_refused_where_there_is_none(tmp_path: Path) -> None:

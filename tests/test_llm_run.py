@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -88,11 +89,16 @@ def setting(run: Run, name: str) -> Any:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_file_has_a_dry_run_offline(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert llm_run.main(["--config", str(path), "--dry-run"]) == 0
+    large = {"qwen2.5-math-7b": ["ppo-n1"]}.get(path.stem, [])  # its two models are not sharded, and do not fit
+    assert llm_run.main(["--config", str(path), "--dry-run"]) == bool(large)
     printed = capsys.readouterr().out
     for name in yaml.safe_load(path.read_text())["methods"]:
         assert printed.count(f"{name} ") >= 2  # once in the memory table, once in that of the work
-    assert "too much" not in printed
+    assert [line.split()[1] for line in printed.splitlines() if "too much" in line] == large
+    assert all(
+        re.search(rf" {found[1]} of 80: too much", printed)
+        for found in re.findall("(hold) ([0-9]+) GiB", path.read_text())
+    )
 
 
 def test_there_is_a_file_for_every_run_that_was_planned() -> None:
@@ -150,8 +156,11 @@ def test_the_paper_s_settings_stand_in_the_files(name: str) -> None:
     assert (setting(grpo, "loss_type"), setting(grpo, "scale_rewards")) == ("grpo", "group")  # not TRL's default, DAPO
     assert not setting(grpo, "use_bias_correction_kl")
     for run in (grpo, ppo):
-        assert (setting(run, "learning_rate"), setting(run, "beta"), setting(run, "epsilon")) == (1e-6, 0.001, 0.2)
-    assert (ppo.arguments.critic_learning_rate, ppo.arguments.entropy_bonus) == (1e-5, 0.001)
+        assert (setting(run, "learning_rate"), setting(run, "beta")) == (1e-6, 0.001)
+    assert (setting(grpo, "epsilon"), LOSSES["ppo"].options["clip"]) == (0.2, 0.2)
+    assert not setting(grpo, "vllm_importance_sampling_correction")
+    assert (ppo.arguments.critic_learning_rate, ppo.arguments.entropy_coefficient) == (1e-5, 0.001)
+    assert [Path(path).stem for path in ppo.arguments.launch] == ["ddp_4gpu"]
     assert (setting(reval, "replay_capacity"), setting(reval, "num_iterations")) == (5120, 2)
     assert setting(reval, "reference_reset_steps") == 200
     assert setting(reval, "group_mean_reward")
@@ -185,9 +194,7 @@ def test_the_vllm_server_is_one_override_away() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_a_trainer_and_its_configuration(method: str, tmp_path: Path) -> None:
-    changes = {"num_generations": None if method in ("a2po", "sft") else 2}
-    changes |= {"max_completion_length": None} if method == "sft" else {}
-    (run,) = runs_of(tmp_path, method=method, **changes)
+    (run,) = runs_of(tmp_path, method=method, num_generations=None if method == "a2po" else 2)
     assert issubclass(trainer_class(method), Trainer)
     assert type(run.training) is configuration_class(method)
     assert issubclass(type(run.training), TrainingArguments)
@@ -200,7 +207,7 @@ def test_every_method_has_a_trainer_and_its_configuration(method: str, tmp_path:
         assert trainer_class(method).__module__.startswith("tbrm_theory.")
     else:
         assert trainer_class(method).__module__.startswith("trl.")
-    assert work_estimate(run).models_held == {"ppo": 3, "sft": 1}.get(method, 2)
+    assert work_estimate(run).models_held == {"ppo": 3}.get(method, 2)
 
 
 # -- command lines -------------------------------------------------------------------------------------------
@@ -273,6 +280,7 @@ REFUSED: list[tuple[dict[str, Any], list[str], str]] = [
     ({"architecture": "{"}, [], r"^architecture: not YAML"),
     ({"architecture": [1]}, [], r"^architecture: expected a mapping"),
     ({"held_out_problems": 0}, [], r"^held_out_problems: expected at least 1"),
+    ({"evaluation_rows": 0}, [], r"^evaluation_rows: expected at least 1"),
     ({"gae_lambda": 2.0}, [], r"^gae_lambda: expected a number from 0 to 1"),
 ]
 
@@ -299,6 +307,13 @@ REFUSED_BY_THE_DRY_RUN: list[tuple[dict[str, Any], str]] = [
         {"launch": ["experiments/configs/launch/fsdp_4gpu.yaml"], "processes": 4, "per_device_train_batch_size": 2},
         "^launch: mixed precision bf16, but bf16 is False",
     ),
+    *(
+        (
+            {"method": "ppo", "launch": [f"experiments/configs/launch/{kind}_4gpu.yaml"]},
+            "^launch: ppo trains two models",
+        )
+        for kind in ("fsdp", "deepspeed")
+    ),
 ]
 
 
@@ -306,6 +321,13 @@ REFUSED_BY_THE_DRY_RUN: list[tuple[dict[str, Any], str]] = [
 def test_the_dry_run_names_what_does_not_fit(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match=message):
         llm_run.main(["--config", written(tmp_path, **changes), "--dry-run"])
+
+
+@pytest.mark.parametrize(("name", "value"), [("report_to", "wandb"), ("trust_remote_code", True)])
+def test_a_real_run_refuses_them_too(name: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match=r"^report_to: "):
+        llm_run.main(["--config", written(tmp_path, use_cpu=True, results=str(tmp_path), **{name: value})])
+    assert not (tmp_path / "llm_run").exists()
 
 
 def test_a_run_that_needs_more_memory_than_there_is_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -433,6 +455,10 @@ def test_what_lies_in_memory_is_counted_to_the_byte(tmp_path: Path) -> None:
     )
     assert taken.optimiser == sum(moment.nbytes for moment in moments)
     assert taken.critic == taken.gathered == 0
+    cache = model(torch.zeros(3, 20, dtype=torch.long), use_cache=True).past_key_values
+    cached = sum(table.nbytes for layer in cache.layers for table in (layer.keys, layer.values))
+    (run,) = runs_of(tmp_path, evaluation_rows=3)
+    assert memory_estimate(run).judging == cached
 
 
 def kept_for_backward(arguments: RunArguments, rows: int, *, mixed: bool) -> int:
@@ -501,9 +527,9 @@ def test_work_is_counted_at_most(tmp_path: Path) -> None:
 
 
 def test_launch_files_are_read_by_accelerate(tmp_path: Path) -> None:
-    for name in ("fsdp_4gpu", "deepspeed_4gpu"):
+    for name, stage in (("fsdp_4gpu", 3), ("deepspeed_4gpu", 3), ("ddp_4gpu", 0)):
         path = CONFIGS / "launch" / f"{name}.yaml"
-        assert read_launch_file(path) == Launch(processes=4, stage=3, mixed_precision="bf16")
+        assert read_launch_file(path) == Launch(processes=4, stage=stage, mixed_precision="bf16")
     bad = tmp_path / "bad.yaml"
     good = (CONFIGS / "launch" / "fsdp_4gpu.yaml").read_text()
     for old, new, message in (

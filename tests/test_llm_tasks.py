@@ -464,8 +464,13 @@ def test_the_math_reward_in_trl_s_convention(verifier: BoxedVerifier) -> None:
 
 def dapo(number: int) -> dict[str, Any]:
     """A row as DAPO-Math-17k has it."""
+    before = (
+        "Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer"
+        " (without quotes) where $Answer is the answer to the problem."
+    )
+    after = 'Remember to put your answer on its own line after "Answer:".'
     return {
-        "prompt": [{"role": "user", "content": f"What is {number} + 1?"}],
+        "prompt": [{"role": "user", "content": f"{before}\n\nWhat is {number} + 1?\n\n{after}"}],
         "reward_model": {"ground_truth": str(number + 1), "style": "rule"},
     }
 

@@ -21,7 +21,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head, use_adapter
 
 from tbrm_theory.errors import InvalidInputError
-from tbrm_theory.llm import diagnostics, part_timer, reference_trainer
+from tbrm_theory.llm import critic, diagnostics, part_timer, reference_trainer, timed
 from tbrm_theory.llm import trainer as trainer_module
 from tbrm_theory.llm.config import TBRMConfig
 from tbrm_theory.llm.language_scores import TokenScores, completion_scores, token_scores
@@ -198,6 +198,10 @@ def test_tokens_that_a_tool_wrote_are_no_actions() -> None:
             actions=actions & (actions.sum(1) > 2)[:, None],
             trajectory_return=returns,
         )
+    with pytest.raises(InvalidInputError, match=r"actions\[1, 0\]: expected an action first"):
+        completion_scores(
+            token_scores(logits, tokens), log_reference=reference, actions=actions.flip(1), trajectory_return=returns
+        )
 
 
 def test_scores_and_gradients_do_not_depend_on_the_chunk() -> None:
@@ -301,6 +305,7 @@ def test_evaluation_uses_the_same_rows_and_losses(tmp_path: Path) -> None:
     assert "eval_tbrm/residual" in found
 
 
+KINDS = (trainer_module.TBRMTrainer, reference_trainer.ReferenceTrainer, critic.PPOTrainer, timed.timed(GRPOTrainer))
 RELIED_ON = {
     "_buffered_inputs", "_calculate_rewards", "_compute_loss", "_generate", "_generate_and_score_completions",
     "_generate_single_turn", "_get_output_dir", "_get_per_token_logps_and_entropies", "_is_vlm", "_load_optimizer_and_scheduler",
@@ -314,9 +319,9 @@ def test_the_internals_of_trl_that_the_trainer_relies_on(tmp_path: Path) -> None
     assert trl.__version__.startswith("1.16.")
     assert transformers.__version__.startswith("5.")
     upstream = set(dir(trainer(tmp_path)))
-    own = {name for kind in (trainer_module.TBRMTrainer, reference_trainer.ReferenceTrainer) for name in vars(kind)}
+    own = {name for kind in KINDS for name in vars(kind)}
     touched = set()
-    for module in (trainer_module, reference_trainer):
+    for module in (trainer_module, reference_trainer, critic, timed):
         for node in ast.walk(ast.parse(inspect.getsource(module))):
             if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
                 touched.add(node.attr)
@@ -355,7 +360,7 @@ def source_tree(function: Any) -> ast.Module:
 def test_no_method_of_trl_is_copied() -> None:
     """Every override of a TRL method of the same name calls it, but for the log-probabilities and the loss, which replace it."""
     replaced = set()
-    for kind in (trainer_module.TBRMTrainer, reference_trainer.ReferenceTrainer):
+    for kind in KINDS:
         for name, method in vars(kind).items():
             if inspect.isfunction(method) and hasattr(GRPOTrainer, name):
                 calls = {ast.unparse(n.func) for n in ast.walk(source_tree(method)) if isinstance(n, ast.Call)}

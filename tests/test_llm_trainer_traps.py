@@ -18,6 +18,7 @@ from huggingface_hub import constants
 from torch import Tensor
 
 from tbrm_theory.errors import InvalidInputError
+from tbrm_theory.llm import reference_trainer
 from tbrm_theory.llm.language_scores import token_scores
 from tests.tiny_language_models import (
     EOS,
@@ -128,6 +129,12 @@ def test_3_the_reference_of_an_instance_is_the_weights_as_given(tmp_path: Path) 
     close(run.inputs[-1]["log_reference"][0, : len(completion)], naive_scores(reference, prompt, completion)[0])
 
 
+def test_3_under_zero_3_an_instance_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference_trainer, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(InvalidInputError, match=r"^model: under ZeRO-3 .* pass the name"):
+        trainer(tmp_path)
+
+
 def test_3_a_model_given_by_path_is_its_own_reference(tmp_path: Path) -> None:
     language_model().save_pretrained(tmp_path / "model")
     run = watched(tmp_path, str(tmp_path / "model"), learning_rate=0.0)
@@ -197,6 +204,7 @@ def test_9_rows_without_any_reward_count_for_nothing(tmp_path: Path) -> None:
     unpaid = watched(tmp_path, model, reward=lambda completions, **unused: [None] * len(completions))
     unpaid.train()
     assert unpaid.scores == []
+    assert unpaid.evaluate(prompts())["eval_loss"] == 0.0
     assert unpaid.losses[0] == 0.0
     for mine, initial in zip(model.parameters(), language_model().parameters(), strict=True):
         assert torch.equal(mine, initial)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -10,12 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset
+from safetensors.torch import load_file
 
 from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.llm.judging import Judge, responses
 from tbrm_theory.llm.part_timer import PARTS
+from tbrm_theory.llm.peak_memory import PeakMemory
 from tbrm_theory.llm.run_files import read_runs
+from tbrm_theory.llm.run_parts import build_model
 from tests.tiny_language_models import language_model, language_model_test, own_randomness, tokenizer  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
@@ -60,6 +66,22 @@ def test_every_run_starts_from_the_pre_trained_model(made: dict[str, dict[str, A
     assert (made["folder"]["path"] / "pretraining" / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("method", ["rloo", "a2po"])
+def test_trl_s_other_methods_train_and_their_costs_are_split(method: str, tmp_path: Path) -> None:
+    file = yaml.safe_load(CONFIG.read_text())
+    own = {"rloo": {"num_generations": 4}, "a2po": {"num_value_samples": 2, "filter_all_incorrect": False}}
+    methods = {name: {"method": name} | options for name, options in own.items()}
+    path = tmp_path / "file.yaml"
+    path.write_text(yaml.safe_dump(file | {"methods": methods, "seeds": [0]}))
+    words = command(tmp_path, "--pretraining_steps", "0")
+    words[words.index(str(CONFIG))] = str(path)
+    llm_training.make_row(words, "pretraining", tmp_path)
+    found = llm_training.make_row(words, f"{method}/seed-0", tmp_path)
+    assert {part for part in ("rollout", "reference", "update") if found["seconds_per_step"][part] <= 0} == set()
+    assert found["models_held"] == 2
+    assert [point[0] for point in found["curve"]] == [0, 1, 2]
+
+
 @pytest.mark.parametrize(
     ("name", "models", "busy", "idle"),
     [
@@ -101,6 +123,15 @@ def test_judging_leaves_the_global_generator_alone_and_repeats_itself() -> None:
     assert first != responses(model, words, ["a", "bcd", "ea", "g"], **options | {"seed": 8})
 
 
+def test_whatever_the_model_declares_ends_a_response() -> None:
+    model, words = language_model(), tokenizer()
+    options: dict[str, Any] = {"tokens": 5, "temperature": 1.0, "seed": 7, "rows": 16}
+    free = responses(model, words, ["a"] * 16, **options)
+    model.generation_config.eos_token_id = [1, *range(3, 12)]  # and every letter
+    assert max(map(len, free)) > 1
+    assert max(map(len, responses(model, words, ["a"] * 16, **options))) == 1
+
+
 def test_average_at_k_pays_each_response_to_its_own_problem() -> None:
     problems = Dataset.from_dict({"prompt": ["a", "b"], "worth": [1.0, 0.0]})
 
@@ -118,11 +149,57 @@ def test_average_at_k_pays_each_response_to_its_own_problem() -> None:
     ]
 
 
+def test_memory_is_counted_without_what_is_done_beside() -> None:
+    def held(mebibytes: int) -> None:
+        torch.ones(mebibytes * 2**18)
+
+    memory = PeakMemory()
+    held(64)
+    with memory.beside():
+        held(512)
+    held(32)
+    assert 60 * 2**20 <= memory.bytes() < 200 * 2**20
+    held(256)
+    assert 250 * 2**20 <= memory.bytes() < 500 * 2**20
+
+
 def test_a_model_that_does_not_learn_enough_is_refused(tmp_path: Path) -> None:
     arguments = command(tmp_path, "--pretraining_accuracy", "0.9")
     with pytest.raises(InvalidInputError, match="pretraining_steps: expected 90%"):
         llm_training.make_row(arguments, "pretraining", tmp_path)
-    assert not (tmp_path / "pretraining" / "config.json").exists()
+    assert not (tmp_path / "pretraining").exists()
+
+
+def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text("{}")
+    with pytest.raises(InvalidInputError, match=r"^pretrained: expected a new folder"):
+        llm_training.make_row(command(tmp_path, "--pretrained", str(tmp_path / "mine")), "pretraining", tmp_path)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["config.json"]
+
+
+def test_what_was_pre_trained_is_not_made_again(made: dict[str, dict[str, Any]]) -> None:
+    folder = made["folder"]["path"]
+    again = llm_training.make_row(command(folder), "pretraining", folder)
+    assert {"cell": "pretraining"} | again == made["pretraining"] | {"seconds": 0.0}
+
+
+def test_a_model_needs_no_pre_training(tmp_path: Path) -> None:
+    """Its weights stay as drawn; and a run killed between its last checkpoint and its record ends as it did."""
+    words = command(tmp_path, "--pretraining_steps", "0", "--save_strategy", "steps", "--save_steps", "1")
+    start = llm_training.make_row(words, "pretraining", tmp_path)
+    assert (start["steps"], start["accuracy"]) == (0, None)
+    drawn = build_model(read_runs(words)[0].arguments).state_dict()
+    kept = load_file(tmp_path / "pretraining" / "model.safetensors")
+    assert kept
+    assert all(torch.equal(table, drawn[name]) for name, table in kept.items())
+    first = llm_training.make_row(words, "tbrm-n1/seed-0", tmp_path)
+    assert first["curve"][-1][0] == 2
+    again = llm_training.make_row(words, "tbrm-n1/seed-0", tmp_path)
+    assert [again[key] for key in ("curve", "rewards")] == [first[key] for key in ("curve", "rewards")]
+    (tmp_path / "tbrm-n1" / "seed-0" / "checkpoint-2" / "tbrm_state_0.safetensors").unlink()  # half written
+    again = llm_training.make_row(words, "tbrm-n1/seed-0", tmp_path)
+    assert [again[key] for key in ("curve", "rewards")] == [first[key] for key in ("curve", "rewards")]
 
 
 # -- the runs of a file ------------------------------------------------------------------------------------------------
@@ -176,7 +253,11 @@ def test_a_file_is_done_in_as_many_commands_as_one_likes(tmp_path: Path, monkeyp
         asked.append(name)
         if name == "grpo-n4/seed-1" and asked.count(name) == 1:
             raise KeyboardInterrupt
-        return {"steps": 3} if name == "pretraining" else row(*_parts(name))
+        if name != "pretraining":
+            return row(*_parts(name))
+        (folder / name).mkdir()
+        (folder / name / "pretrained.json").write_text('{"parameters": 7, "steps": 3, "accuracy": 0.5}')
+        return {"steps": 3}
 
     monkeypatch.setattr(llm_training, "_in_a_process", instead)
     assert llm_training.main(command(tmp_path, "--only", "tbrm-n1")) == 0
@@ -195,12 +276,42 @@ def _parts(name: str) -> tuple[str, int]:
     return method, int(seed)
 
 
-def test_several_processes_train_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_do_not_train_several_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = read_runs(command(tmp_path))
     monkeypatch.setattr(llm_training, "read_runs", lambda _: runs)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InvalidInputError, match="--only"):
         llm_training.main(command(tmp_path))
+    monkeypatch.setattr(llm_training, "read_runs", lambda _: runs[:1])
+    with pytest.raises(InvalidInputError, match=r"^pretrained: one process makes the model"):
+        llm_training.main(command(tmp_path))
+
+
+@pytest.mark.slow
+def test_of_two_processes_one_records(tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    sizes = ["--pretraining_steps", "0", "--pretrained", str(tmp_path / "start"), "--per_device_train_batch_size", "4"]
+    llm_training.make_row(command(tmp_path, *sizes), "pretraining", tmp_path)
+    program = [str(ROOT / "experiments" / "llm_run.py"), *command(tmp_path, *sizes)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    path = tmp_path / "one.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(CONFIG.read_text()) | {"seeds": [0], "methods": {"tbrm-n1": {}}}))
+    program[program.index(str(CONFIG))] = str(path)
+    done = subprocess.run(
+        [*launch, "--main_process_port", "0", *program],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode in (0, 1), done.stderr[-3000:]  # 1: two steps may leave it worse
+    (folder,) = (path for path in (tmp_path / "llm_run").iterdir() if not path.is_symlink())
+    start, found = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+    assert (start["cell"], found["cell"]) == ("pretraining", "tbrm-n1/seed-0")
+    assert [point[:2] for point in found["curve"]] == [[0, 0], [1, 8], [2, 16]]
+    assert (folder / "summary.json").exists()
+    assert done.stdout.count("held-out problems") == 1
 
 
 def test_a_killed_process_costs_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,13 +63,19 @@ class PPOTrainer(TBRMTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        if self.is_deepspeed_enabled:
-            raise InvalidInputError("deepspeed", "its engine holds one model, and PPO trains two: use FSDP or DDP")
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            kind = "deepspeed" if self.is_deepspeed_enabled else "fsdp"
+            raise InvalidInputError(
+                kind, "shards one model, and PPO trains two, policy and critic: launch it under DDP"
+            )
         if not critic_learning_rate > 0:
             raise InvalidInputError("critic_learning_rate", f"expected a positive number, found {critic_learning_rate}")
         self._critic_learning_rate = critic_learning_rate
         self._options = {"gae_lambda": gae_lambda, "entropy_coefficient": entropy_coefficient}
-        self.critic: Any = self.accelerator.prepare_model(Critic(base_model(self.model)))
+        critic: Any = Critic(base_model(self.model))
+        if self.args.activation_checkpointing:  # in the policy transformers does it, when training begins
+            critic.network.activation_checkpointing_enable(self.args.activation_checkpointing_kwargs)
+        self.critic: Any = self.accelerator.prepare_model(critic)
         self._values: Tensor | None = None
         self._values_given: Tensor | None = None
         self.add_callback(_ClearGradients(self.critic))
@@ -102,11 +108,9 @@ class PPOTrainer(TBRMTrainer):
             self._values.backward(self._values_given.grad)
         return loss
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+    def _save_further(self, folder: Path) -> None:
         weights = self.accelerator.get_state_dict(self.critic)
         if self.accelerator.is_main_process:
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             save_file({name: table.contiguous().clone() for name, table in weights.items()}, folder / _WEIGHTS)
 
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:

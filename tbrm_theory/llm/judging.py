@@ -7,6 +7,7 @@ judged or not.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,7 +47,12 @@ def responses(
     seed: int,
     rows: int,
 ) -> list[str]:
-    """One sampled response to each prompt, text or messages, at most ``tokens`` long; ``rows`` of them at a time."""
+    """One sampled response to each prompt, text or messages, at most ``tokens`` long; ``rows`` of them at a time.
+
+    Whatever ends a response in training ends it here: every token that the model declares, and the tokenizer's.
+    """
+    declared = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])} - {None}
     texts = [
         prompt
         if isinstance(prompt, str)
@@ -58,7 +64,9 @@ def responses(
     training = model.training
     model.eval()
     with torch.random.fork_rng(devices), torch.no_grad():
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+        if devices:
+            torch.cuda.manual_seed(seed)
         for start in range(0, len(texts), rows):
             batch = tokenizer(
                 texts[start : start + rows],
@@ -76,7 +84,7 @@ def responses(
                 top_k=0,
                 top_p=1.0,
                 pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=sorted(ends),
             )
             completions = made[:, batch["input_ids"].shape[1] :]
             written += tokenizer.batch_decode(completions, skip_special_tokens=True)
@@ -100,10 +108,12 @@ class Judge(TrainerCallback):
         rows: int = 512,
         stop_at: float | None = None,
         after: Callable[[Judgement], None] | None = None,
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.problems, self.reward, self.tokenizer = problems, reward, tokenizer
         self.samples, self.tokens, self.every = samples, tokens, every
-        self.temperature, self.rows, self.stop_at, self.after = temperature, rows, stop_at, after
+        self.temperature, self.rows, self.stop_at = temperature, rows, stop_at
+        self.after, self.around = after, around
         self.trainer: Any = None
         self.judgements: list[Judgement] = []
 
@@ -137,7 +147,7 @@ class Judge(TrainerCallback):
         return Judgement(step, rewards, shown)
 
     def _judged(self, step: int) -> Judgement:
-        with unwrap_model_for_generation(self.trainer.model_wrapped, self.trainer.accelerator) as model:
+        with self.around(), unwrap_model_for_generation(self.trainer.model_wrapped, self.trainer.accelerator) as model:
             found = self.judge(model, step)
         self.judgements.append(found)
         if self.after is not None:

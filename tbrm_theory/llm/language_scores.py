@@ -109,11 +109,16 @@ def completion_scores(
         further: other fields of :class:`TrajectoryScores`, ``(B,)`` or ``(B, C)``; the latter move with the actions.
 
     Raises:
-        InvalidInputError: a row without an action.
+        InvalidInputError: a row without an action, or one whose first position is none: its start's value is not where it acts.
     """
     empty = ~actions.any(-1)
     if bool(empty.any()):
         raise InvalidInputError(f"actions[{int(empty.nonzero()[0])}]", "expected an action in every row, found none")
+    late = ~actions[:, 0]
+    if bool(late.any()):
+        raise InvalidInputError(
+            f"actions[{int(late.nonzero()[0])}, 0]", "expected an action first, found a tool's token"
+        )
     # A stable sort brings the actions of a row to the front and keeps their order.
     order = (~actions).int().argsort(dim=-1, stable=True)[:, : int(actions.sum(-1).max())]
     dtype = tokens.log_policy.dtype

@@ -1,7 +1,8 @@
 """Problems with a known final answer, such as DAPO-17k: a data set of the Hugging Face hub, or a local JSONL or Parquet file.
 
 A bad row is refused by its number. The hub's DAPO-Math-17k holds each problem about a hundred times; repeated problems are
-dropped, whatever the white space, and so is a problem that comes with two answers. What is held out is decided by a hash of the
+dropped, whatever the white space, and so is a problem that comes with two answers; what it says about the form of the answer gives
+way to the instruction of this project's verifier. What is held out is decided by a hash of the
 problem, for the reasons given in :mod:`tbrm_theory.llm.tasks`: no held-out problem is ever trained on.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,12 @@ from tbrm_theory.llm.tasks import PromptStyle, Split
 __all__ = ["BOXED_INSTRUCTION", "math_split"]
 
 BOXED_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+_OF_DAPO = re.compile(
+    r"\A(Solve the following math problem step by step\.\s*)?The last line of your response should be of the form Answer:"
+    r".*?is the answer to the problem\.\s*|\s*Remember to put your answer on its own line after \"Answer:\"\.?\Z",
+    re.DOTALL,
+)
+"""What DAPO-Math-17k writes before and behind every problem."""
 Row = dict[str, Any]
 logger = logging.getLogger(__name__)
 
@@ -50,7 +58,9 @@ def math_split(
     found: dict[str, tuple[str, str]] = {}
     contradicted: set[str] = set()
     for where, row in _rows(source, hub_split):
-        problem, answer = _text(row, prompt_column, where), _text(row, answer_column, where)
+        problem, answer = _OF_DAPO.sub("", _text(row, prompt_column, where)), _text(row, answer_column, where)
+        if not problem.strip():
+            raise InvalidInputError(f"{where}.{prompt_column}", "expected a problem beside the instructions")
         key = " ".join(problem.split())
         if found.setdefault(key, (problem, answer))[1] != answer:
             contradicted.add(key)

@@ -1,27 +1,33 @@
 """A model to start from where no weights can be had: trained on solved problems until it answers some of them right.
 
-TRL's ``SFTTrainer`` trains it on the responses alone; it stops at the first judgement at which the wanted share of training problems
-is answered right by sampling, and is saved as any model is.
+With no steps its weights stay as they were drawn. Otherwise TRL's ``SFTTrainer`` trains it on the responses alone; it stops at the
+first judgement at which the wanted share of training problems is answered right by sampling. It is saved as any model is, beside its
+place, and moved there when all is written: a folder with ``pretrained.json`` in it is whole.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PrinterCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from tbrm_theory.errors import InvalidInputError
+from tbrm_theory.json_fields import write_json
 from tbrm_theory.llm.judging import Judge
 from tbrm_theory.llm.run_arguments import MATH, RunArguments
 from tbrm_theory.llm.run_parts import build_dataset, build_model, build_tokenizer, parameter_count
 from tbrm_theory.llm.tasks import Reward
 
-__all__ = ["Pretrained", "pretrain"]
+__all__ = ["Pretrained", "found_pretrained", "pretrain"]
 
+_MARK = "pretrained.json"
 _JUDGED_PROBLEMS = 256
 _JUDGEMENTS = 80
 
@@ -32,7 +38,14 @@ class Pretrained:
 
     parameters: int
     steps: int
-    accuracy: float
+    accuracy: float | None
+    """At the end, on training problems."""
+
+
+def found_pretrained(folder: Path) -> Pretrained | None:
+    """What was pre-trained there and saved to its end, if anything was."""
+    mark = folder / _MARK
+    return Pretrained(**json.loads(mark.read_text(encoding="utf-8"))) if mark.exists() else None
 
 
 def pretrain(arguments: RunArguments, folder: Path, reward: Reward, *, tokens: int, training: Any) -> Pretrained:
@@ -43,15 +56,41 @@ def pretrain(arguments: RunArguments, folder: Path, reward: Reward, *, tokens: i
         training: the settings of the run that follows, of which the device and the precision are taken.
 
     Raises:
-        InvalidInputError: the task has no solutions, or the wanted accuracy was not reached.
+        InvalidInputError: the task has no solutions, the wanted accuracy was not reached, or ``folder`` is in use.
     """
+    if folder.exists() and any(folder.iterdir()):
+        raise InvalidInputError(
+            "pretrained", f"expected a new folder or a model pre-trained here; found files in {folder}"
+        )
+    aside = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    tokenizer, model = build_tokenizer(arguments), build_model(arguments)
+    made = Pretrained(parameter_count(model), 0, None)
+    if arguments.pretraining_steps:
+        made = _trained(model, tokenizer, arguments, aside / "checkpoints", reward, tokens=tokens, training=training)
+    model.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    write_json(aside / _MARK, vars(made))
+    os.replace(aside, folder)
+    return made
+
+
+def _trained(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: RunArguments,
+    folder: Path,
+    reward: Reward,
+    *,
+    tokens: int,
+    training: Any,
+) -> Pretrained:
     if arguments.task == MATH:
         raise InvalidInputError("pretraining_steps", "the problems of `data` have answers and no worked solutions")
-    tokenizer, model = build_tokenizer(arguments), build_model(arguments)
     split = build_dataset(arguments, train_problems=arguments.pretraining_problems)
     solved = split.train.select_columns(["prompt", "solution"]).rename_column("solution", "completion")
     settings = SFTConfig(
-        output_dir=str(folder / "checkpoints"),
+        output_dir=str(folder),
         max_steps=arguments.pretraining_steps,
         per_device_train_batch_size=arguments.pretraining_batch_size,
         learning_rate=arguments.pretraining_learning_rate,
@@ -72,7 +111,14 @@ def pretrain(arguments: RunArguments, folder: Path, reward: Reward, *, tokens: i
     judged = split.train.select(range(min(_JUDGED_PROBLEMS, len(split.train))))
     every = max(1, arguments.pretraining_steps // _JUDGEMENTS)
     judge = Judge(
-        judged, reward, tokenizer, samples=1, tokens=tokens, every=every, stop_at=arguments.pretraining_accuracy
+        judged,
+        reward,
+        tokenizer,
+        samples=1,
+        tokens=tokens,
+        every=every,
+        rows=arguments.evaluation_rows,
+        stop_at=arguments.pretraining_accuracy,
     )
     judge.attach(trainer)
     trainer.remove_callback(PrinterCallback)
@@ -83,6 +129,4 @@ def pretrain(arguments: RunArguments, folder: Path, reward: Reward, *, tokens: i
         raise InvalidInputError(
             "pretraining_steps", f"{found} within {arguments.pretraining_steps} updates, found {last.accuracy:.0%}"
         )
-    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     return Pretrained(parameter_count(model), last.step, last.accuracy)

@@ -1,8 +1,8 @@
 """A ``GRPOTrainer`` that owns its reference model and computes its own log-probabilities, at temperature 1.
 
 The reference is the weights as given. A model handed over as a name or path is loaded twice by TRL; one handed over as an
-instance is copied before anything touches it; an adapter's reference is its base model, or a copy of the adapter that came
-with it (both TRL's doing).
+instance is copied before anything touches it, and refused under ZeRO-3, where the copy would have no weights; an adapter's
+reference is its base model, or a copy of the adapter that came with it (both TRL's doing).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.grpo_trainer import GRPOTrainer
@@ -54,6 +55,10 @@ class ReferenceTrainer(GRPOTrainer):
         if isinstance(model, PreTrainedModel) and kwargs.get("peft_config") is None:
             if args.cast_lm_head_to_fp32:
                 raise InvalidInputError("cast_lm_head_to_fp32", "needs a model given by name or path, not an instance")
+            if is_deepspeed_zero3_enabled():
+                raise InvalidInputError(
+                    "model", "under ZeRO-3 a copy of an instance has no weights; pass the name or path"
+                )
             own_reference = frozen_copy(model)
         _check_size(train_dataset, args)
         beta = args.beta

@@ -16,7 +16,7 @@ from tbrm_theory.llm.compact_prompts import COMPACT
 
 __all__ = ["MATH", "MethodName", "RunArguments", "check_values"]
 
-MethodName = Literal["tbrm", "reval", "brm", "grpo", "rloo", "a2po", "ppo", "sft"]
+MethodName = Literal["tbrm", "reval", "brm", "grpo", "rloo", "a2po", "ppo"]
 MATH = "math"
 """The task whose problems come from ``data``, with answers in a box."""
 
@@ -71,7 +71,7 @@ class RunArguments:
     )
 
     # Pre-training on solved problems, for a model that starts from nothing.
-    pretraining_steps: int = field(default=0, metadata={"help": "at most; 0: none"})
+    pretraining_steps: int = field(default=0, metadata={"help": "at most; 0: none, the weights stay as drawn"})
     pretraining_batch_size: int = field(default=128, metadata={"help": "solved problems in one update"})
     pretraining_learning_rate: float = field(default=1e-3, metadata={"help": "highest, after the warm-up"})
     pretraining_problems: int = field(
@@ -81,17 +81,18 @@ class RunArguments:
         default=0.4, metadata={"help": "stops once this share of training problems is answered right"}
     )
     pretrained: str | None = field(
-        default=None, metadata={"help": "folder of the pre-trained model: read if it is there, else made and kept"}
+        default=None, metadata={"help": "folder of the model made first: read if it is there, else made and kept"}
     )
 
     # Judging on held-out problems: Avg@k, the mean over k sampled responses each.
     evaluation_samples: int = field(default=4, metadata={"help": "k"})
     evaluation_steps: int = field(default=50, metadata={"help": "updates between two judgements"})
+    evaluation_rows: int = field(default=512, metadata={"help": "responses sampled at once, on each device"})
 
     # PPO's critic, a model of its own.
     critic_learning_rate: float = field(default=1e-5, metadata={"help": "[Y] App. G: 1e-5"})
     gae_lambda: float = field(default=1.0, metadata={"help": "of generalised advantage estimation"})
-    entropy_bonus: float = field(default=0.001, metadata={"help": "[Y] App. G: 0.001"})
+    entropy_coefficient: float = field(default=0.001, metadata={"help": "[Y] App. G: 0.001"})
 
     # Where it is meant to run.
     processes: int = field(
@@ -114,7 +115,8 @@ class RunArguments:
             raise InvalidInputError("data", f"belongs to the task math, not to {self.task}")
         if not self.model and not self.architecture:
             raise InvalidInputError("model", "expected `model`, `architecture` or both")
-        for name in ("prompts_per_step", "train_problems", "held_out_problems", "processes", "evaluation_samples"):
+        counts = ("prompts_per_step", "train_problems", "held_out_problems", "processes")
+        for name in (*counts, "evaluation_samples", "evaluation_rows", "evaluation_steps"):
             if getattr(self, name) < 1:
                 raise InvalidInputError(name, f"expected at least 1, found {getattr(self, name)}")
         for name in ("pretraining_accuracy", "gae_lambda"):

@@ -6,7 +6,8 @@ holds its share of all of that, and gathers one layer at a time; ZeRO-2 shards g
 
 Activations are counted for a decoder with gated feed-forward layers, whose attention matrix is not stored: for each token and
 layer what :func:`layer_bytes` says; with activation checkpointing the input of every layer, and one layer in full. The logits
-of the completion stand beside them with their gradient, in fp32. What fragments, buffers and the libraries take is not counted.
+of the completion stand beside them with their gradient, in fp32. Judging, between updates, holds keys and values. What fragments,
+buffers and the libraries take is not counted.
 
 Operations: 2 for each parameter and token in a forward pass, 4 in a backward pass ([Kaplan et al. 2020], §2.1); attention over
 the sequence is left out.
@@ -51,14 +52,16 @@ class Memory:
     logits: int
     generation: int
     """Keys and values of the responses being sampled, or what vLLM claims on the same device."""
+    judging: int
+    """Keys and values of the responses that are judged at once; never with vLLM."""
     generation_stays: bool
     """Whether vLLM keeps its claim during an update (no sleep mode)."""
 
     @property
     def peak(self) -> int:
-        """What lies there always, and the larger of an update and of sampling, or both."""
+        """What lies there always, and the largest of an update, of sampling and of judging; vLLM's claim beside them, if it stays."""
         lasting = self.weights + self.gradients + self.optimiser + self.reference + self.critic + self.gathered
-        update = self.activations + self.logits
+        update = max(self.activations + self.logits, self.judging)
         return lasting + (update + self.generation if self.generation_stays else max(update, self.generation))
 
 
@@ -133,6 +136,7 @@ def memory_estimate(run: Run, launch: Launch | None = None) -> Memory:
         activations=tokens * stored * (2 if method.critic else 1),
         logits=0 if getattr(training, "fused_lm_head", False) else rows * completion * vocabulary * (narrow + 4 + 4),
         generation=_generation_bytes(run, configuration, narrow),
+        judging=arguments.evaluation_rows * (prompt + completion) * _cached_bytes(configuration, narrow),
         generation_stays=vllm is not None and not vllm.vllm_enable_sleep_mode,
     )
 
@@ -149,14 +153,16 @@ def _vllm(run: Run) -> Any:
 
 def _generation_bytes(run: Run, configuration: PreTrainedConfig, narrow: int) -> int:
     arguments, training = run.arguments, run.training
-    if not METHODS[arguments.method].rollouts:
-        return 0
     if vllm := _vllm(run):
         return 0 if vllm.vllm_mode == "server" else int(vllm.vllm_gpu_memory_utilization * arguments.device_gib * _GIB)
-    head = getattr(configuration, "head_dim", None) or configuration.hidden_size // configuration.num_attention_heads
-    each = 2 * configuration.num_hidden_layers * configuration.num_key_value_heads * head * narrow
     at_once = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    return at_once * (arguments.prompt_tokens + _completion(run)) * each
+    return at_once * (arguments.prompt_tokens + _completion(run)) * _cached_bytes(configuration, narrow)
+
+
+def _cached_bytes(configuration: PreTrainedConfig, narrow: int) -> int:
+    """Keys and values of one token."""
+    head = getattr(configuration, "head_dim", None) or configuration.hidden_size // configuration.num_attention_heads
+    return int(2 * configuration.num_hidden_layers * configuration.num_key_value_heads * head * narrow)
 
 
 def work_estimate(run: Run) -> Work:
@@ -165,13 +171,13 @@ def work_estimate(run: Run) -> Work:
     if training.max_steps <= 0:
         raise InvalidInputError("max_steps", "expected a positive number of updates")
     parameters = _parameters(arguments)
-    group = getattr(training, "num_generations", 1) if method.rollouts else 1
+    group = getattr(training, "num_generations", 1)
     rollouts = arguments.prompts_per_step * group
     batches = math.ceil(training.max_steps / getattr(training, "num_iterations", 1))
-    generated = rollouts * _completion(run) if method.rollouts else 0
+    generated = rollouts * _completion(run)
     read = rollouts * (arguments.prompt_tokens + _completion(run))
     update = 6 * (2 if method.critic else 1) + (2 if training.activation_checkpointing else 0)
-    per_batch = 2.0 * (rollouts * arguments.prompt_tokens * bool(generated) + generated) + 2.0 * read * method.reference
+    per_batch = 2.0 * read * (1 + method.reference)
     return Work(
         parameters=parameters,
         updates=training.max_steps,

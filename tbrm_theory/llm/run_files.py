@@ -225,7 +225,7 @@ def _derived(parser: TrlParser, line: CommandLine, method: str, name: str) -> It
         raise InvalidInputError("arguments", f"{rest[0]} is no field of a run, nor of the trainer of {known.name}")
     if known.gradient_accumulation_steps != 1:
         raise InvalidInputError("gradient_accumulation_steps", "follows from prompts_per_step; leave it out")
-    rollouts = getattr(known, "num_generations", 1) if METHODS[method].rollouts else 1
+    rollouts = getattr(known, "num_generations", 1)
     processes = known.processes if known.dry_run else int(os.environ.get("WORLD_SIZE", "1"))
     rows, step = known.prompts_per_step * rollouts, known.per_device_train_batch_size * processes
     if rows % step:

@@ -7,6 +7,7 @@ Code that comes with a model is never run (``trust_remote_code`` stays off).
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,10 +28,10 @@ from tbrm_theory.llm.tokenizer import PRINTABLE, character_tokenizer
 __all__ = ["build_dataset", "build_model", "build_tokenizer", "model_configuration", "parameter_count"]
 
 
-def build_tokenizer(arguments: RunArguments) -> PreTrainedTokenizerBase:
-    """The tokenizer that comes with ``model``, else one token for each character of ``alphabet``."""
-    if arguments.model:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model, padding_side="left", trust_remote_code=False)
+def build_tokenizer(arguments: RunArguments, start: Path | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer that comes with ``start`` or ``model``, else one token for each character of ``alphabet``."""
+    if source := start or arguments.model:
+        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", trust_remote_code=False)
         return tokenizer
     return character_tokenizer(arguments.alphabet or PRINTABLE)
 
@@ -73,8 +74,8 @@ def build_model(arguments: RunArguments, *, seed: int = 0, device: str = "cpu") 
 
 
 def parameter_count(model: torch.nn.Module) -> int:
-    """How many numbers are trained; tied weights count once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """How many numbers are trained; tied weights count once, and those that ZeRO-3 holds elsewhere count too."""
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
 
 
 def build_dataset(arguments: RunArguments, *, seed: int = 0, train_problems: int | None = None) -> Split:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +10,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from datasets import disable_progress_bars, enable_progress_bars
-from transformers import AutoModelForCausalLM, PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
 from tbrm_theory.json_fields import replacement
@@ -23,50 +19,58 @@ from tbrm_theory.llm.boxed_answers import BoxedVerifier, math_reward
 from tbrm_theory.llm.judging import Judge, Judgement
 from tbrm_theory.llm.methods import METHODS, trainer_class
 from tbrm_theory.llm.part_timer import PARTS
-from tbrm_theory.llm.pretraining import pretrain
+from tbrm_theory.llm.peak_memory import PeakMemory
+from tbrm_theory.llm.pretraining import found_pretrained, pretrain
+from tbrm_theory.llm.reference_trainer import ReferenceTrainer
 from tbrm_theory.llm.run_arguments import MATH, RunArguments
 from tbrm_theory.llm.run_files import Run
 from tbrm_theory.llm.run_parts import build_dataset, build_tokenizer, parameter_count
 from tbrm_theory.llm.tasks import Reward, reasoning_gym_reward
 from tbrm_theory.llm.timed import timed
+from tbrm_theory.llm.trainer_state import last_checkpoint
 
-__all__ = ["needs_pretraining", "pretrain_run", "train_run"]
+__all__ = ["pretrain_run", "starts_from_nothing", "train_run"]
 
 Row = dict[str, Any]
 
 
-def needs_pretraining(arguments: RunArguments) -> bool:
-    """Whether the run starts from a model that has to be made first."""
-    return arguments.model is None and arguments.pretraining_steps > 0
+def starts_from_nothing(arguments: RunArguments) -> bool:
+    """Whether the model that a run starts from has to be made first."""
+    return arguments.model is None
 
 
 def pretrain_run(run: Run, folder: Path) -> Row:
-    """The model that all runs of a file start from, saved in ``folder``; what it took."""
+    """The model that all runs of a file start from, saved in ``folder``, or found there; what it took."""
     started = time.perf_counter()
+    if (found := found_pretrained(folder)) is not None:
+        return vars(found) | {"seconds": 0.0}
     with quiet(run), _reward(run.arguments) as reward:
         made = pretrain(run.arguments, folder, reward, tokens=_tokens(run), training=run.training)
     return vars(made) | {"seconds": time.perf_counter() - started}
 
 
 def train_run(run: Run, folder: Path, start: Path | None) -> Row:
-    """Train one method with one seed, from the model in ``start``; goes on from its last checkpoint if it has one.
+    """Train one method with one seed; goes on from its last checkpoint if it has one.
+
+    Of several processes all train and judge, and the main one alone writes.
+
+    Args:
+        start: the folder of a model with its tokenizer; without it ``model`` is read.
 
     Returns:
         ``curve``: a list ``[update, rollouts, accuracy]`` by judgement; ``rewards``: the last judgement's, by problem and response;
-        ``seconds_per_step`` by part (means over the updates); ``peak_bytes``: the most that was held at once, less what the process
-        held before it made a model (on a GPU: what was allocated there); ``models_held``, ``parameters``.
+        ``seconds_per_step`` by part (means over the updates); ``peak_bytes``: the most that was held at once, while nothing was judged
+        (:mod:`tbrm_theory.llm.peak_memory`); ``models_held``, ``parameters``. Nothing, in a process that is not the main one.
     """
     arguments, training = run.arguments, run.training
-    before = _resident_bytes()
+    memory = PeakMemory()
     training.output_dir = str(folder)
+    training.model_init_kwargs = {"dtype": arguments.dtype}  # type: ignore[attr-defined]
     split = build_dataset(arguments, seed=training.seed)
-    source = start or arguments.model
-    assert source is not None
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, arguments.dtype), trust_remote_code=False)
-    tokenizer = build_tokenizer(arguments)
+    tokenizer = build_tokenizer(arguments, start)
     with quiet(run), _reward(arguments) as reward:
         trainer = timed(trainer_class(arguments.method))(
-            model=model,
+            model=str(start or arguments.model),  # it reads the model itself, for it knows what is sharded
             reward_funcs=reward,
             args=training,
             train_dataset=split.train,
@@ -80,14 +84,20 @@ def train_run(run: Run, folder: Path, start: Path | None) -> Row:
             samples=arguments.evaluation_samples,
             tokens=_tokens(run),
             every=arguments.evaluation_steps,
-            after=lambda found: _keep(folder, run, found),
+            rows=arguments.evaluation_rows,
+            after=lambda found: _keep(folder, run, found) if trainer.is_world_process_zero() else None,
+            around=memory.beside,
         )
         judge.attach(trainer)
         trainer.remove_callback(PrinterCallback)  # the log is kept in a file
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.exists() else None)
+        own = isinstance(trainer, ReferenceTrainer)
+        processes, updates = training.world_size, training.max_steps
+        trainer.train(resume_from_checkpoint=last_checkpoint(folder, before=updates, processes=processes, own=own))
+    if not trainer.is_world_process_zero():
+        return {}
     _write_lines(folder / "log.jsonl", trainer.state.log_history)
     held = [trainer.model, getattr(trainer, "ref_model", None), getattr(trainer, "critic", None)]
-    curve = [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
+    curve = _read_lines(folder / "curve.jsonl")
     return {
         "name": arguments.name,
         "method": arguments.method,
@@ -96,9 +106,9 @@ def train_run(run: Run, folder: Path, start: Path | None) -> Row:
         "curve": [[row["step"], row["rollouts"], row["accuracy"]] for row in curve],
         "rewards": judge.judgements[-1].rewards,
         "seconds_per_step": _seconds(trainer.state.log_history),
-        "peak_bytes": _peak_bytes(before),
+        "peak_bytes": memory.bytes(),
         "models_held": sum(each is not None for each in held),
-        "parameters": parameter_count(model),
+        "parameters": parameter_count(trainer.accelerator.unwrap_model(trainer.model)),
     }
 
 
@@ -109,7 +119,7 @@ def _further(arguments: RunArguments) -> dict[str, Any]:
     return {
         "critic_learning_rate": arguments.critic_learning_rate,
         "gae_lambda": arguments.gae_lambda,
-        "entropy_coefficient": arguments.entropy_bonus,
+        "entropy_coefficient": arguments.entropy_coefficient,
     }
 
 
@@ -152,11 +162,15 @@ def _rollouts(run: Run) -> int:
 def _keep(folder: Path, run: Run, found: Judgement) -> None:
     """The judgement's point of the curve, and its samples; a run that goes on from a checkpoint judges some updates again."""
     path = folder / "curve.jsonl"
-    kept = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    kept = _read_lines(path) if path.exists() else []
     rollouts = found.step * run.arguments.prompts_per_step * _rollouts(run)
     point = {"step": found.step, "rollouts": rollouts, "accuracy": found.accuracy}
-    _write_lines(path, [row for row in kept if row["step"] < found.step] + [point])
     _write_lines(folder / "samples.jsonl", found.samples)
+    _write_lines(path, [row for row in kept if row["step"] < found.step] + [point])
+
+
+def _read_lines(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def _write_lines(path: Path, rows: list[Row]) -> None:
@@ -170,15 +184,3 @@ def _seconds(log: list[dict[str, float]]) -> dict[str, float]:
     rows = [row for row in log if f"seconds/{PARTS[0]}" in row]
     rows = rows[1:] or rows
     return {part: fmean(row[f"seconds/{part}"] for row in rows) for part in PARTS} if rows else {}
-
-
-def _resident_bytes() -> int:
-    """The most memory that this process has held so far."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _peak_bytes(before: int) -> int:
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated()
-    return _resident_bytes() - before

@@ -1,7 +1,11 @@
-"""TRL's own trainers, with the seconds of every step split as in [Y] Fig. 2(b); they train as they would without it."""
+"""TRL's own trainers, with the seconds of every step split as in [Y] Fig. 2(b); they train as they would without it.
+
+A*-PO's estimates of the value, which it makes before the first step from the reference's responses, belong to no step.
+"""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +30,16 @@ def timed(trainer: type[Any]) -> type[Any]:
         def _generate(self, *args: Any, **kwargs: Any) -> Any:
             with self.timer.part("rollout"):
                 return super()._generate(*args, **kwargs)
+
+        def _prepare_inputs(self, *args: Any, **kwargs: Any) -> Any:
+            if hasattr(trainer, "_generate"):
+                return super()._prepare_inputs(*args, **kwargs)
+            with self.timer.part("rollout"):  # A*-PO has no method that generates alone
+                return super()._prepare_inputs(*args, **kwargs)
+
+        def _get_sequence_logps(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+            with self.timer.part("reference") if model is self.ref_model else nullcontext():
+                return super()._get_sequence_logps(model, *args, **kwargs)
 
         def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
             if torch.is_grad_enabled():  # the update itself

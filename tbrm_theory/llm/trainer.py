@@ -6,11 +6,12 @@ TRL generates, tokenizes, scores rewards, distributes, logs and checkpoints; thi
 ``θ = θ_ref`` the residual is exactly ``V_θ(s_1) - r/β``, and the loss is the value that the registry's function returns.
 
 Log-probabilities are those of temperature 1 for the policy and the reference alike, whatever temperature sampled. A row whose
-reward is missing (every reward function returned None) contributes 0 to a mean over all rows, so that a batch may be cut
-into micro-batches and spread over processes in any way.
+reward is missing (every reward function returned None) contributes 0 to the mean over all rows. With losses that are means over
+rows, a batch may so be cut into micro-batches and spread over processes in any way.
 
 Another method on the same base adds to ``provides`` the scores that it brings and overrides ``_further_scores`` (more fields of
-the scores), ``_further_columns`` (more columns of every generated row) or ``_loss_options``.
+the scores), ``_further_columns`` (more columns of every generated row), ``_loss_options`` or ``_save_further`` (more files of a
+checkpoint).
 """
 
 from __future__ import annotations
@@ -191,7 +192,8 @@ class TBRMTrainer(ReferenceTrainer):
         else:  # a zero that every process can differentiate
             scores = None
             trained = [tokens.log_policy, tokens.initial_value, *fields.values()]
-            loss = torch.stack([table.sum() * 0.0 for table in trained if table.requires_grad]).sum()
+            zeros = [table.sum() * 0.0 for table in trained if table.requires_grad]
+            loss = sum(zeros, start=tokens.log_policy.new_zeros(()))
         self._log_diagnostics(scores, counted, age=self.state.global_step - inputs["sampled_at"])
         return loss / (self.current_gradient_accumulation_steps if self._mode == "train" else 1)
 
@@ -277,6 +279,11 @@ class TBRMTrainer(ReferenceTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if self._reference_version:
+            weights = self.accelerator.get_state_dict(self.ref_model)
+            if self.accelerator.is_main_process:
+                save_file({name: table.clone() for name, table in weights.items()}, folder / _REFERENCE_WEIGHTS)
+        self._save_further(folder)
         state = TrainerState(
             step=self._step,
             reference_version=self._reference_version,
@@ -285,11 +292,10 @@ class TBRMTrainer(ReferenceTrainer):
             replay=() if self._replay is None else self._replay.groups,
             generator=None if self._replay is None else self._replay.generator.get_state(),
         )
-        save_state(state, folder, self.accelerator.process_index)
-        if self._reference_version:
-            weights = self.accelerator.get_state_dict(self.ref_model)
-            if self.accelerator.is_main_process:
-                save_file({name: table.clone() for name, table in weights.items()}, folder / _REFERENCE_WEIGHTS)
+        save_state(state, folder, self.accelerator.process_index)  # last: a checkpoint that has it is whole
+
+    def _save_further(self, folder: Path) -> None:
+        """More files of a checkpoint, written before the state that ends it; for a subclass."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -20,7 +20,7 @@ from torch import Tensor
 from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.llm.replay import Row
 
-__all__ = ["TrainerState", "load_state", "save_state"]
+__all__ = ["TrainerState", "last_checkpoint", "load_state", "save_state"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,19 @@ class TrainerState:
 
 def _path(folder: str | Path, process: int) -> Path:
     return Path(folder) / f"tbrm_state_{process}.safetensors"
+
+
+def last_checkpoint(folder: Path, *, before: int, processes: int = 1, own: bool = True) -> str | None:
+    """The newest checkpoint that was written to its end: every process writes its state last.
+
+    Args:
+        before: the run's number of updates. From a checkpoint of its last one transformers would take one update more.
+        own: whether the trainer is one of this project's; of TRL's and transformers' the last file is ``trainer_state.json``.
+    """
+    ends = [_path("", process).name for process in range(processes)] if own else ["trainer_state.json"]
+    whole = [path for path in folder.glob("checkpoint-*") if all((path / name).exists() for name in ends)]
+    steps = {int(path.name.removeprefix("checkpoint-")): str(path) for path in whole}
+    return steps[max(left)] if (left := [step for step in steps if step < before]) else None
 
 
 def save_state(state: TrainerState, folder: str | Path, process: int) -> None:
