@@ -62,7 +62,7 @@ def provenance() -> dict[str, Any]:
     def git(*arguments: str) -> str | None:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
         try:
-            done = subprocess.run(command, capture_output=True, check=True, timeout=10)
+            done = subprocess.run(command, capture_output=True, check=True, timeout=60)
         except (OSError, subprocess.SubprocessError):
             return None  # not a checkout, or no git: an installed package
         return done.stdout.decode(errors="replace").strip()
