@@ -47,6 +47,7 @@ hypothesis.settings.register_profile("thorough", max_examples=2000, derandomize=
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that share a fixture of their module go to one worker, which makes it once (``--dist loadgroup``).
 
