@@ -42,12 +42,13 @@ verify: venv  ## check every claim, run the convergence experiment, draw its fig
 	@$(RUN) paper_figs/fig_toy_convergence.py --results $(LATEST) --data $(LATEST) --out $(LATEST)
 	@echo "Results, tables and figures are in $(LATEST)/"
 
-# One torch thread for each worker: more would fight over the same cores.
+# One torch thread for each worker: more would fight over the same cores. A file's tests go to one worker, which makes the fixtures that
+# they share once.
 test: venv  ## lint, types, and the whole test suite with its coverage
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist loadgroup --cov --cov-report=term --cov-fail-under=95
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term --cov-fail-under=95
 
 figures: venv  ## redraw every figure from the committed tables, running nothing
 	@set -e; for figure in paper_figs/fig_*.py; do $(RUN) "$$figure"; done

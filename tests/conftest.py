@@ -47,19 +47,10 @@ hypothesis.settings.register_profile("thorough", max_examples=2000, derandomize=
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share a fixture of their module go to one worker, which makes it once (``--dist loadgroup``).
-
-    Measuring coverage doubles the time of a test, so slow ones go without: the others reach what is asked for.
-    """
-    for item in items:
-        if item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.no_cover)
-        assert isinstance(item, pytest.Function)
-        fixtures = item._fixtureinfo.name2fixturedefs.values()
-        if any(definitions[-1].scope == "module" for definitions in fixtures):
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Measuring coverage doubles the time of a test, so slow ones go without: the others reach what is asked for."""
+    if item.get_closest_marker("slow"):
+        item.add_marker(pytest.mark.no_cover)
 
 
 @pytest.fixture(autouse=True)
