@@ -248,9 +248,9 @@ def test_a_run_killed_inside_a_part_goes_on_to_the_same_numbers(
 ) -> None:
     """kill -9 in the middle of two of the three runs; complete parts are not repeated."""
     config = replace(TOY, results=tmp_path)
-    fork = multiprocessing.get_context("fork")  # what is imported stays so; a child is killed, not this process
+    spawn = multiprocessing.get_context("spawn")  # a fork would inherit the locks of threads that it does not have
     for phase in ("on-policy", "replay"):
-        child = fork.Process(target=experiment.main, args=(config,))
+        child = spawn.Process(target=experiment.main, args=(config,))
         child.start()
         deadline = time.monotonic() + 300
         wanted = f"exact_cpu/*/checkpoints/{phase}/checkpoint-20/tbrm_state_0.safetensors"

@@ -232,7 +232,7 @@ def test_a_worker_of_a_cluster_killed_half_way_loses_nothing(tmp_path: Path, scr
     work = ("-m", "distributed.cli.dask_worker", "--nthreads", "1", "--no-nanny", "--no-dashboard")
     file = ("--scheduler-file", str(address))
     with started(*schedule, *file) as scheduler:
-        eventually(address.exists, scheduler)
+        eventually(lambda: address.exists() and address.read_text().rstrip().endswith("}"), scheduler)
         options = ("--backend", "dask", "--scheduler", json.loads(address.read_text())["address"])
         settings = ("--size", "30", "--kill", "15", "--results", str(tmp_path))
         with started(*work, *file), started(*work, *file), started(script, *settings, *options) as client:
