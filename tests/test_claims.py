@@ -318,6 +318,7 @@ def test_a_scale_that_is_no_size_hides_nothing(relation: str, scale: float) -> N
 # -- verify ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_claim_gets_its_number_of_instances_from_all_families() -> None:
     outcomes = verify(select(None), instances=4)
     wanted = {claim.id: min(4, claim.problems or 4) for claim in select(None)}

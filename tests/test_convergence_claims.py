@@ -216,6 +216,7 @@ def test_the_stochastic_counterexample_has_the_numbers_of_the_theory() -> None:
     assert mdp.reward[1].tolist() == [[-1.5, -1.75], [1.5, 1.5]]
 
 
+@pytest.mark.slow
 def test_at_a_smaller_reward_there_is_one_minimum() -> None:
     """G = 1.25, from 32 starts by gradient descent; at 1.5 the same search ends at two losses."""
     generator = torch.Generator().manual_seed(1)
