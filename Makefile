@@ -8,9 +8,9 @@ VENV := .venv
 INSTALLED := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 LATEST := results/toy_convergence/latest
-# Where the statements stop holding: experiments of theory.md's section 4.
-# The losses of its section 5 side by side.
+# The losses of theory.md's section 5 side by side.
 FAMILY := minimisers off_policy compute family
+# Where the statements stop holding: experiments of its section 4.
 BOUNDARIES := spurious_minima mixture_data transition_noise uncovered_actions coverage_horizon frozen_value calibrated_start conditioning
 
 # Figures are files; no window is ever opened.
