@@ -10,6 +10,7 @@ mistaken for a failure; so they are started with the signal blocked, and this pr
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import signal
 import threading
@@ -99,6 +100,8 @@ def _on_dask(cells: Cells, scheduler: str | None, workers: int) -> Generator[tup
         raise InvalidInputError("backend", "dask is not installed; pip install 'tbrm-theory[cluster]'") from error
     for name in ("distributed", "distributed.client", "tornado.application"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what goes wrong is raised here, in one line
+    # A client that found no scheduler closes itself when it is collected; if that happens while another starts, both wait forever.
+    gc.collect()
     with contextlib.ExitStack() as opened:
         with _interrupt_deferred():
             if scheduler is None:

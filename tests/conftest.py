@@ -18,6 +18,11 @@ import numpy as np
 import pytest
 import torch
 
+# Numba, which quantecon imports, sets OpenMP's number of threads for the whole process, torch's too: to as many as there are cores
+# unless it is told otherwise.
+if "OMP_NUM_THREADS" in os.environ:
+    os.environ.setdefault("NUMBA_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
+
 if "tbrm_theory" in sys.modules:
     raise RuntimeError("tbrm_theory was imported before conftest.py could have its shapes checked")
 
@@ -61,7 +66,7 @@ def _global_state_untouched() -> Iterator[None]:
     torch's state is guarded here; ``test_architecture.py`` finds the other two in the package's source.
     """
     _picks.seed(0)  # a test's picks depend on the test alone, not on what ran before it
-    dtype, gradients = torch.get_default_dtype(), torch.is_grad_enabled()
+    dtype, gradients, threads = torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()
     torch_state = torch.random.get_rng_state()
     numpy_state, python_state = _numpy_state(), random.getstate()
     yield
@@ -72,6 +77,9 @@ def _global_state_untouched() -> Iterator[None]:
     if torch.is_grad_enabled() != gradients:
         torch.set_grad_enabled(gradients)
         touched.append("switched autograd off or on")
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+        touched.append("changed torch's number of threads")
     if not torch.equal(torch.random.get_rng_state(), torch_state):
         touched.append("used torch's global random state")
     if _numpy_state() != numpy_state:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -211,6 +212,25 @@ def test_options_that_do_not_fit_are_refused(execution: Execution, message: str)
     with pytest.raises(InvalidInputError, match=message):
         list(execution.rows({"a": dict}))
     random.setstate(state)  # distributed draws from it how long it waits between attempts
+
+
+def test_a_client_that_failed_is_gone_before_another_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Collected while another starts, it would ask for the lock that the other holds."""
+    distributed = pytest.importorskip("distributed", reason="the extra cluster is not installed")
+    alive: list[weakref.ref[Any]] = []
+
+    class Fails:
+        def __init__(self, *_: Any, **__: Any) -> None:
+            assert [failed for failed in alive if failed() is not None] == []
+            self.itself = self
+            alive.append(weakref.ref(self))
+            raise OSError
+
+    monkeypatch.setattr(distributed, "Client", Fails)
+    for _ in range(3):
+        with pytest.raises(InvalidInputError, match="scheduler: none answers"):
+            list(Execution(backend="dask", scheduler="tcp://127.0.0.1:1").rows({"a": dict}))
+    assert len(alive) == 3
 
 
 def test_without_dask_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

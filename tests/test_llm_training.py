@@ -26,8 +26,11 @@ from tests.tiny_language_models import language_model, language_model_test, own_
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
+sys.path.insert(0, str(ROOT / "paper_figs"))
 
+import fig_llm_run  # noqa: E402
 import llm_training  # noqa: E402
+from table_figure import Options  # noqa: E402
 
 pytestmark = language_model_test
 
@@ -329,3 +332,25 @@ def test_a_killed_process_costs_one_line(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(llm_training, "ProcessPoolExecutor", Broken)
     with pytest.raises(InvalidInputError, match="tbrm-n1/seed-0: its process was killed"):
         llm_training._in_a_process(command(tmp_path), "tbrm-n1/seed-0", tmp_path)
+
+
+# -- the figure --------------------------------------------------------------------------------------------------------
+
+
+def test_curves_are_means_over_seeds_and_bars_stack_the_parts(tmp_path: Path) -> None:
+    recorded = [row("tbrm-n1", 0), row("tbrm-n1", 1, last=0.25), row("grpo-n4", 0, seconds=8.0)]
+    for cell in recorded:
+        cell["seed"] = int(cell["cell"][-1])
+        cell["seconds_per_step"] = dict.fromkeys(PARTS, 0.0) | cell["seconds_per_step"]
+    rows = fig_llm_run.extract([{"cell": "pretraining", "steps": 25}, *recorded])
+    assert [r["name"] for r in rows] == ["tbrm-n1", "tbrm-n1", "grpo-n4"]
+    by_update, by_response, costs = fig_llm_run.draw(rows).axes
+    curves = {str(line.get_label()): line.get_xydata().tolist() for line in by_update.get_lines()}
+    assert curves == {"tbrm-n1": [[0, 0.5], [10, 0.5]], "grpo-n4": [[0, 0.5], [10, 0.75]]}
+    assert by_response.get_lines()[1].get_xdata().tolist() == [0, 1280]
+    assert [[bar.get_x(), bar.get_width()] for bar in costs.patches] == [[0, 0.25], [0, 2], [0.25, 0.75], [2, 6]]
+
+
+def test_the_figure_is_redrawn_from_the_committed_table(tmp_path: Path) -> None:
+    fig_llm_run.main(Options(out=tmp_path))
+    assert (tmp_path / "llm_run.pdf").stat().st_size > 10_000
