@@ -35,7 +35,7 @@ def train(folder: Path, model: str | None = None, *, resume: str | None = None, 
         "reward": sometimes,
         "generation_kwargs": {"do_sample": False},
         "optim": "sgd",
-        "optim_args": "momentum=0.5",
+        "optim_args": "momentum=0.5",  # torch resumes no sharded optimizer that has no state
         "learning_rate": 2e-3,
         "max_steps": 3,
         "fused_lm_head": True,
