@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from accelerate.state import DistributedType, PartialState
 from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers.utils import strtobool
+from trl.trainer import grpo_trainer
+from trl.trainer.utils import create_model_from_path
 
 from tests.tiny_language_models import Watched, letters, trainer
 
@@ -21,30 +29,69 @@ def sometimes(prompts: list[str], completions: list[str], trainer_state: Any, **
     return rewards
 
 
-def train(folder: Path, **options: Any) -> Watched:
+def train(folder: Path, model: str | None = None, *, resume: str | None = None, **options: Any) -> Watched:
     """Nothing random, so that the rows do not depend on how they are dealt out; plain steps, so that rounding stays small."""
     usual: dict[str, Any] = {
+        "reward": sometimes,
         "generation_kwargs": {"do_sample": False},
         "optim": "sgd",
+        "optim_args": "momentum=0.5",  # torch resumes no sharded optimizer that has no state
         "learning_rate": 2e-3,
         "max_steps": 3,
+        "fused_lm_head": True,
     }
     usual |= {"num_iterations": 2, "reference_reset_steps": 1}  # the second update scores its rows by a new reference
     usual["max_grad_norm"] = 0.0  # clipping would hide a wrong scale
-    run = trainer(folder, reward=sometimes, kind=Watched, fused_lm_head=True, **usual | options)
+    run = trainer(folder, model, kind=Watched, **usual | options)
     assert isinstance(run, Watched)
-    run.train()
+    run.train(resume_from_checkpoint=resume)
     return run
 
 
+def processors_as_accelerators() -> None:
+    """accelerate shards over processes of an accelerator only; those over gloo pass for such from here on."""
+    PartialState._prepare_backend = lambda self, *unused: ("gloo", DistributedType.MULTI_GPU)
+    torch.distributed.init_process_group("gloo")  # accelerate starts none where `use_cpu` is set
+
+
+def whole(table: Tensor) -> Tensor:
+    """All of a table, wherever its parts are."""
+    return (table.full_tensor() if isinstance(table, DTensor) else table).detach().contiguous()
+
+
+def held_here(model: torch.nn.Module) -> float:
+    """The share of a model's numbers that this process holds."""
+    held = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in model.parameters())
+    return held / sum(p.numel() for p in model.parameters())
+
+
+def left(run: Watched) -> dict[str, Tensor]:
+    """The weights of both models, the residuals logged, and what says how they came about."""
+    found = {name: whole(table) for name, table in run.accelerator.unwrap_model(run.model).state_dict().items()}
+    found |= {f"reference.{name}": whole(table) for name, table in run.ref_model.state_dict().items()}
+    found["residual"] = torch.tensor([entry["tbrm/residual"] for entry in run.state.log_history[:-1]])
+    found["processes"] = torch.tensor(run.accelerator.num_processes)
+    found["rows"] = torch.tensor([len(inputs["prompt_ids"]) for inputs in run.inputs])
+    found["held here"] = torch.tensor([held_here(run.model), held_here(run.ref_model)])
+    return found
+
+
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    run = train(folder, per_device_train_batch_size=4)
-    accelerator = run.accelerator
-    left = {name: table.contiguous() for name, table in accelerator.unwrap_model(run.model).state_dict().items()}
-    left["rows"] = torch.tensor([len(run.inputs), *(len(inputs["prompt_ids"]) for inputs in run.inputs)])
-    left["processes"] = torch.tensor(accelerator.num_processes)
-    left["residual"] = torch.tensor(
-        [entry["tbrm/residual"] for entry in run.state.log_history if "tbrm/residual" in entry]
-    )
-    save_file(left, folder / f"process_{accelerator.process_index}.safetensors")
+    if strtobool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
+        processors_as_accelerators()
+    folder, rank = Path(sys.argv[1]), os.environ["RANK"]
+    checkpoint, rows = str(folder / "checkpoint-1"), {"per_device_train_batch_size": 4}
+
+    run = train(folder, **rows, fused_lm_head=False, save_strategy="steps", save_steps=1)
+    save_file(left(run), folder / f"whole_{rank}.safetensors")
+
+    os.environ["FSDP_RESHARD_AFTER_FORWARD"] = "false"  # what was gathered for a forward pass stays so
+    run = train(folder, **rows, resume=checkpoint)
+    save_file(left(run), folder / f"resumed_{rank}.safetensors")
+
+    # The model by its path, in mixed precision. `auto` would place it, and the reference, on all devices of the machine.
+    with patch.object(grpo_trainer, "create_model_from_path", wraps=create_model_from_path) as loaded:
+        run = train(folder, checkpoint, **rows, bf16=True, reward=letters, max_steps=1)
+    assert [call.kwargs["device_map"] for call in loaded.call_args_list] == [None, None]
+    scores = {"log_policy": run.scores[0].log_policy.detach(), "log_reference": run.scores[0].log_reference}
+    save_file(scores, folder / f"mixed_{rank}.safetensors")

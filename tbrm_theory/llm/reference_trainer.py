@@ -7,6 +7,7 @@ reference is its base model, or a copy of the adapter that came with it (both TR
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,8 +15,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.training_args import ParallelMode
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.grpo_trainer import GRPOTrainer
@@ -61,6 +64,10 @@ class ReferenceTrainer(GRPOTrainer):
                 )
             own_reference = frozen_copy(model)
         _check_size(train_dataset, args)
+        if isinstance(model, str) and args.parallel_mode is ParallelMode.DISTRIBUTED:
+            # TRL sees to it for the policy; under FSDP, each process would spread its reference over all devices.
+            given: Any = args.model_init_kwargs or {}
+            args.model_init_kwargs = {"device_map": None} | given
         beta = args.beta
         # With beta = 0 TRL makes no reference. Its own would be loaded from the instance's name, if it has one.
         args.beta = 0.0 if own_reference is not None else beta
@@ -88,6 +95,13 @@ class ReferenceTrainer(GRPOTrainer):
     @property
     def _needs_entropy(self) -> bool:
         return "entropy" in LOSSES[self.args.loss].fields
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+            # accelerate would round what a model returns to bf16; with a fused head that is log-probabilities.
+            plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
 
     def _check_model(self) -> None:
         if self._is_vlm:
@@ -237,6 +251,8 @@ class _ReferenceReset(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.steps == 0:
-            policy = self.trainer.accelerator.unwrap_model(kwargs["model"])
-            SyncRefModelCallback.sync_target_model(policy, self.trainer.ref_model, 1.0)
+            policy, reference = self.trainer.accelerator.unwrap_model(kwargs["model"]), self.trainer.ref_model
+            if isinstance(reference, FSDPModule):
+                reference.reshard()  # FSDP 2 can be told to keep weights gathered after a forward pass
+            SyncRefModelCallback.sync_target_model(policy, reference, 1.0)
             self.trainer._reference_version += 1

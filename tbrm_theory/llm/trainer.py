@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.llm import diagnostics
@@ -309,7 +310,9 @@ class TBRMTrainer(ReferenceTrainer):
             self._replay.generator.set_state(state.generator)
         if self._reference_version:
             reference = self.accelerator.unwrap_model(self.ref_model)
-            reference.load_state_dict(load_file(Path(checkpoint) / _REFERENCE_WEIGHTS))
+            weights: dict[str, Any] = load_file(Path(checkpoint) / _REFERENCE_WEIGHTS)
+            # Where the model is sharded, each process keeps its share of the whole weights.
+            set_model_state_dict(reference, weights, options=StateDictOptions(full_state_dict=True))
 
 
 def _text(inputs: Batch) -> tuple[Tensor, Tensor, int]:
