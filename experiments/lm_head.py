@@ -212,7 +212,7 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
         before = torch.cuda.memory_allocated()
         function()
         return torch.cuda.max_memory_allocated() - before
-    gc.collect()  # cycles that an earlier evaluation left are not freed in the middle of this one
+    gc.collect(1)  # cycles that the evaluation before left are not freed in the middle of this one
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
     # What torch makes of these events adds up the allocations within an operation, and the peak there is lost.

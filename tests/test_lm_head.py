@@ -103,15 +103,11 @@ def test_a_way_at_another_temperature_is_seen(
     way: str, dtype: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     too_hot(way, monkeypatch)
-    assert lm_head.main(replace(SMALL, dtype=dtype, results=tmp_path)) == 1
+    assert lm_head.main(replace(SMALL, vocabularies=(140,), dtype=dtype, results=tmp_path)) == 1
     summary = summary_of(tmp_path)
     off = ["chunked", "fused"] if way == "naive" else [way]
-    assert {tuple(line.split(" differs")[0].split(": ")) for line in summary["unexpected"]} == {
-        (str(vocabulary), f"{each}'s {name}")
-        for vocabulary in SMALL.vocabularies
-        for each in off
-        for name in ("loss", "hidden", "head")
-    }
+    seen = [line.split(" differs")[0] for line in summary["unexpected"]]
+    assert seen == [f"140: {each}'s {name}" for each in off for name in ("loss", "hidden", "head")]
     assert summary["verdict"] == "NOT as predicted"
 
 
