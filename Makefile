@@ -67,6 +67,8 @@ experiments: venv  ## every experiment in full size, and what is committed of th
 	@$(RUN) paper_figs/fig_exact_cpu.py --results results/exact_cpu/latest
 	$(RUN) experiments/llm_run.py --config experiments/configs/arithmetic_cpu.yaml
 	@$(RUN) paper_figs/fig_llm_run.py --results results/llm_run/latest
+	$(RUN) experiments/lm_head.py
+	@$(RUN) paper_figs/fig_lm_head.py --results results/lm_head/latest
 
 wheel: venv  ## build dist/*.whl and dist/*.tar.gz
 	$(RUN) -m build --no-isolation

@@ -11,10 +11,7 @@
 
 from __future__ import annotations
 
-import statistics
 import sys
-import time
-from collections.abc import Callable
 
 import numpy as np
 import quantecon
@@ -22,6 +19,7 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
+from timing import seconds
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tbrm_theory as tt
@@ -33,19 +31,6 @@ from tbrm_theory.parametrisations import Tabular
 from tbrm_theory.program import run_program
 from tbrm_theory.trajectories import sample_trajectories
 from tbrm_theory.transitions import DenseTransition
-
-
-def seconds(*functions: Callable[[], object], repeats: int = 7) -> list[float]:
-    """The median time of each function, all called in turn so that a slow moment of the machine meets them alike."""
-    for function in functions:
-        function()
-    times: list[list[float]] = [[] for _ in functions]
-    for _ in range(repeats):
-        for function, taken in zip(functions, times, strict=True):
-            start = time.perf_counter()
-            function()
-            taken.append(time.perf_counter() - start)
-    return [statistics.median(taken) for taken in times]
 
 
 def solve_rows() -> list[tuple[str, str]]:

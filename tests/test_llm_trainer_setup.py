@@ -206,10 +206,10 @@ def test_tokens_that_a_tool_wrote_are_no_actions() -> None:
 
 def test_scores_and_gradients_do_not_depend_on_the_chunk() -> None:
     generator = torch.Generator().manual_seed(3)
-    tokens = torch.randint(9, (2, 4), generator=generator)
+    tokens = torch.randint(9, (3, 4), generator=generator)
     found = []
-    for chunk in (9, 30, 1000):  # one position, three, all
-        logits = torch.randn(2, 4, 9, generator=generator.manual_seed(4), dtype=torch.float64).requires_grad_()
+    for chunk in (9, 30, 80, 1000):  # one position, three, two rows, all
+        logits = torch.randn(3, 4, 9, generator=generator.manual_seed(4), dtype=torch.float64).requires_grad_()
         scores = token_scores(logits, tokens, chunk=chunk, entropy=True)
         assert scores.value is not None
         assert scores.entropy is not None

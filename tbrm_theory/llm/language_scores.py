@@ -12,6 +12,8 @@ the backward pass recomputes a chunk rather than keep it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -69,22 +71,26 @@ def token_scores(
     """
     if tokens.numel() == 0:
         raise InvalidInputError("tokens", f"expected at least one, found shape {tuple(tokens.shape)}")
-    flat, chosen = logits.flatten(0, 1), tokens.flatten()
-    positions = max(1, chunk // logits.shape[-1])
-    recompute = torch.is_grad_enabled() and logits.requires_grad
-    pieces = []
-    for start in range(0, len(chosen), positions):
-        piece = flat[start : start + positions], chosen[start : start + positions], temperature, entropy
-        if recompute:
-            pieces.append(checkpoint(_chunk_scores, *piece, use_reentrant=False, preserve_rng_state=False))
-        else:
-            pieces.append(_chunk_scores(*piece))
-    tables = [torch.cat(parts).view(tokens.shape) for parts in zip(*pieces, strict=True)]
+    words = logits.shape[-1]
+    rows = min(len(tokens), max(1, chunk // (tokens.shape[1] * words)))
+    steps = max(1, chunk // (rows * words))  # all of them, if several rows fit
+    scores: Callable[..., tuple[Tensor, ...]] = _chunk_scores
+    if torch.is_grad_enabled() and logits.requires_grad:
+        scores = partial(checkpoint, _chunk_scores, use_reentrant=False, preserve_rng_state=False)
+
+    def block_scores(logits: Tensor, tokens: Tensor) -> list[Tensor]:
+        pieces = zip(logits.split(steps, dim=1), tokens.split(steps, dim=1), strict=True)
+        parts = [scores(*piece, temperature, entropy) for piece in pieces]
+        return [torch.cat(tables, dim=1) for tables in zip(*parts, strict=True)]
+
+    # Flattened, logits would be copied; and the gradients of slices would each be padded to the size of all.
+    blocks = [block_scores(*block) for block in zip(logits.split(rows), tokens.split(rows), strict=True)]
+    tables = [torch.cat(parts) for parts in zip(*blocks, strict=True)]
     return TokenScores(tables[0], tables[1][:, 0], tables[1], tables[2] if entropy else None)
 
 
 def _chunk_scores(
-    logits: Float[Tensor, "positions words"], tokens: Int[Tensor, " positions"], temperature: float, entropy: bool
+    logits: Float[Tensor, "rows steps words"], tokens: Int[Tensor, "rows steps"], temperature: float, entropy: bool
 ) -> tuple[Tensor, ...]:
     logits = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
     value = logits.logsumexp(-1)
