@@ -87,7 +87,7 @@ COEFFICIENTS: dict[str, tuple[str, tuple[float, ...]] | None] = {
     "kimi": None,
     "dpo": None,
     "reinforce": None,
-    "grpo": (TEMPERATURE, (0.03, 0.1, 0.3)),
+    "grpo": (TEMPERATURE, (0.03, 0.3, 3.0)),
     "dr-grpo": (TEMPERATURE, (0.1, 0.3, 1.0)),
     "dapo": None,
     "ppo": (COMPANION, (1.0, 3.0, 10.0)),
