@@ -87,6 +87,15 @@ def test_bytes_held_are_four_copies_of_what_is_trained_and_one_of_what_is_not(ro
     assert cell_of(rows, "ppo/1")["held"] == 5 * policy + 4 * critic
 
 
+def test_models_updated_in_turn_do_not_keep_their_passes_at_once(rows: list[Row]) -> None:
+    """PPO's policy and critic; with a single trained model there is no turn to take."""
+    for method in ("ppo", "pcl-one-step"):
+        row = cell_of(rows, f"{method}/1")
+        assert 0.5 * row["saved"] < row["saved_in_turn"] < row["saved"]
+    row = cell_of(rows, "tbrm/1")
+    assert row["saved_in_turn"] == row["saved"]
+
+
 def test_what_is_kept_for_the_backward_pass_is_counted_once_until_it_is_let_go() -> None:
     meter = compute.Meter()
     x = torch.ones(1000, dtype=torch.float32, requires_grad=True)
