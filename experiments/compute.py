@@ -38,7 +38,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -55,7 +55,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 import tbrm_theory as tt
-from tbrm_theory.consumption import consumption
+from tbrm_theory.consumption import consumed, consumption
 from tbrm_theory.execution import Execution
 from tbrm_theory.experiment import run_experiment
 from tbrm_theory.losses import LOSSES, Loss, TrajectoryScores
@@ -204,36 +204,6 @@ class Kept:
     tensor: Tensor
 
 
-def consumed(loss: Loss) -> list[str]:
-    """The scores that the loss or its gradient depends on, found by changing one at a time."""
-    generator = seeded(0)
-    own = {"log_policy": 2, "log_reference": 2, "value": 2, "reward": 2, "critic": 2, "frozen_value": 2, "entropy": 2}
-    given = {
-        entry.name: torch.randn((8, 3)[: own.get(entry.name, 1)], generator=generator, dtype=torch.float64)
-        for entry in fields(TrajectoryScores)
-    }
-    given["behaviour_log_policy"] = (
-        given["log_policy"] + 0.1 * given["entropy"]
-    )  # near, so that not all ratios are clipped
-    given["mask"] = torch.ones(8, 3, dtype=torch.bool)
-    shorter = given["mask"].clone()
-    shorter[:, -1] = False
-
-    def outcome(tables: dict[str, Tensor]) -> list[Tensor]:
-        leaves = {name: t.clone().requires_grad_(t.is_floating_point()) for name, t in tables.items()}
-        value = loss.function(TrajectoryScores(**leaves), beta=BETA, **({"group_size": 2} if loss.needs_group else {}))
-        trained = [leaf for leaf in leaves.values() if leaf.requires_grad]
-        return [value, *torch.autograd.grad(value, trained, materialize_grads=True)]
-
-    before = outcome(given)
-    found = []
-    for name, table in given.items():
-        after = outcome(given | {name: shorter if name == "mask" else table + 0.01 * table.flip(0)})
-        if not all(map(torch.equal, before, after)):
-            found.append(name)
-    return found
-
-
 # -- one update ------------------------------------------------------------------------------------------------------
 
 
@@ -304,7 +274,7 @@ class Update:
 def run_cell(name: str, rollouts: int, config: Config) -> dict[str, Any]:
     """Everything measured of one update."""
     loss = LOSSES[name]
-    reads = consumed(loss)
+    reads = sorted(consumed(loss))
     row = {"method": name, "rollouts": rollouts, "consumed": reads}
     update, meter = Update(loss, reads, rollouts, config), Meter()
     for role, model in update.models.items():

@@ -55,7 +55,7 @@ from tbrm_theory.program import run_program
 
 
 def frozen_lake() -> RegularizedMDP:
-    """The 8×8 map without slipping; the reference leans down and right and arrives in 0.5 % of its episodes, a uniform one never."""
+    """The 8×8 map without slipping. The reference leans down and right and arrives in 0.5 % of episodes, a uniform one in 0.001 %."""
     reference = torch.tensor([0.1, 0.4, 0.4, 0.1], dtype=torch.float64)
     options = {"map_name": "8x8", "is_slippery": False}
     return from_gymnasium("FrozenLake-v1", horizon=18, beta=0.1, reference=reference, **options)
@@ -87,7 +87,7 @@ COEFFICIENTS: dict[str, tuple[str, tuple[float, ...]] | None] = {
     "kimi": None,
     "dpo": None,
     "reinforce": None,
-    "grpo": (TEMPERATURE, (0.03, 0.1, 0.3)),
+    "grpo": (TEMPERATURE, (0.03, 0.3, 3.0)),
     "dr-grpo": (TEMPERATURE, (0.1, 0.3, 1.0)),
     "dapo": None,
     "ppo": (COMPANION, (1.0, 3.0, 10.0)),

@@ -199,10 +199,6 @@ def replay(family: str, reuse: int, config: Config) -> dict[str, Any]:
         curve.append(exact_regret(mdp, tabular.logits(theta.detach()), solution))
     regret = torch.stack(curve, -1).reshape(len(config.ages), config.seeds, -1)
     middle = regret.median(1).values
-    reached = [
-        next((batch * config.batch_size for batch, value in enumerate(row) if value <= 0.01 * row[0]), None)
-        for row in middle.tolist()
-    ]
     logits = tabular.logits(theta.detach())
     certificate = torch.stack(
         [
@@ -216,10 +212,15 @@ def replay(family: str, reuse: int, config: Config) -> dict[str, Any]:
         "ages": list(config.ages),
         "samples": [batch * config.batch_size for batch in range(config.batches + 1)],
         "regret": middle.tolist(),
-        "reached": reached,
+        "reached": [samples_to_one_percent(curve, config.batch_size) for curve in middle.tolist()],
         "certificate": certificate.median(-1).values.tolist(),
         "beside": beside(regret[..., -1], certificate),
     }
+
+
+def samples_to_one_percent(curve: list[float], batch_size: int) -> int | None:
+    """Fresh trajectories until the regret is 1 % of the start's, of which there are as many for each entry; None if it never is."""
+    return next((batch * batch_size for batch, regret in enumerate(curve) if regret <= 0.01 * curve[0]), None)
 
 
 def _replay_certificate(

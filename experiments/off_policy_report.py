@@ -107,10 +107,6 @@ def _besides(row: dict[str, Any]) -> Rows:
     return list(found.values()) if row["cell"].startswith("mixing") else [found]
 
 
-def _too_low(row: dict[str, Any]) -> bool:
-    return any(record["too_low"] for record in _besides(row))
-
-
 def _together(rows: Rows) -> dict[str, Any]:
     """Of all records; their medians are put together by the median, since single runs are not kept."""
     records = [record for row in rows for record in _besides(row)]

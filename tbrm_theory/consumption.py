@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tbrm_theory.losses import LOSSES, Loss, TrajectoryScores
 
-__all__ = ["Consumption", "consumption"]
+__all__ = ["Consumption", "consumed", "consumption"]
 
 POLICY_FIELDS = ("log_policy", "initial_value", "first_logit", "value", "entropy")
 SECOND_MODEL_FIELDS = ("critic", "log_partition", "baseline")
@@ -48,9 +48,7 @@ class Consumption:
 def consumption(name: str) -> Consumption:
     """Measure one of the losses on random scores."""
     loss, generator = LOSSES[name], torch.Generator().manual_seed(0)
-    scores = _random_scores(generator)
-    fields = frozenset(field for field in scores.given() if _depends_on(loss, scores, field, generator))
-    trained = _trained(loss, scores)
+    fields, trained = consumed(loss), _trained(loss, _random_scores(generator))
     second = bool(fields & set(SECOND_MODEL_FIELDS))
     models = {
         "policy": True,
@@ -67,6 +65,13 @@ def consumption(name: str) -> Consumption:
         models=tuple(model for model, used in models.items() if used),
         backward_passes=int(bool(trained & set(POLICY_FIELDS))) + int(bool(trained & set(SECOND_MODEL_FIELDS))),
     )
+
+
+def consumed(loss: Loss) -> frozenset[str]:
+    """The fields of the scores that the value or a gradient depends on."""
+    generator = torch.Generator().manual_seed(0)
+    scores = _random_scores(generator)
+    return frozenset(field for field in scores.given() if _depends_on(loss, scores, field, generator))
 
 
 def _random_scores(generator: torch.Generator) -> TrajectoryScores:

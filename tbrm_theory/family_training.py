@@ -30,6 +30,9 @@ from tbrm_theory.training import exact_regret
 
 __all__ = ["Curves", "Plan", "Point", "train", "trained_besides"]
 
+OF_REFERENCE = 1 << 31
+"""Added to a seed for rollouts of the reference: numbers that training does not go on with. torch reads 32 bits of a seed."""
+
 
 @dataclass(frozen=True)
 class Point:
@@ -104,7 +107,8 @@ def train(mdp: RegularizedMDP, loss: str, points: Sequence[Point], seeds: Sequen
     """Train every point with every seed.
 
     Raises:
-        InvalidInputError: no such loss, no points or seeds, a group of one for a loss that compares rollouts, or a batch of problems.
+        InvalidInputError: no such loss, no points or seeds, a seed of more than 31 bits, a group of one for a loss that compares
+            rollouts, or a batch of problems.
     """
     if loss not in LOSSES:
         raise InvalidInputError("loss", f"expected one of {', '.join(LOSSES)}, found {loss!r}")
@@ -112,6 +116,8 @@ def train(mdp: RegularizedMDP, loss: str, points: Sequence[Point], seeds: Sequen
         raise InvalidInputError("group_size", f"expected at least 2, for {loss} compares rollouts of one first state")
     if not points or not seeds:
         raise InvalidInputError("points" if not points else "seeds", "expected at least one")
+    if not all(0 <= seed < OF_REFERENCE for seed in seeds):
+        raise InvalidInputError("seeds", f"expected numbers from 0 to {OF_REFERENCE - 1}, found {list(seeds)}")
     problem, solution = lay_out(mdp), solve(mdp)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     model = _Model(problem, loss, points, seeds)
@@ -230,7 +236,7 @@ def _reference_values(
     states, most = torch.arange(len(problem.initial)), max(point.reference_rollouts for point in points)
     returns = []
     for seed in seeds:
-        generator = torch.Generator().manual_seed(seed + (1 << 32))  # not the numbers that training goes on with
+        generator = torch.Generator().manual_seed(seed + OF_REFERENCE)
         shape = (most, len(states), problem.horizon, problem.draws)
         uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
         rollouts = problem.roll_out(problem.log_reference, states, uniform)

@@ -17,6 +17,7 @@ from tbrm_theory import losses
 from tbrm_theory.aggregates import interquartile_mean, stratified_interval
 from tbrm_theory.consumption import consumption
 from tbrm_theory.errors import InvalidInputError
+from tbrm_theory.family_training import Curves, Plan, Point, trained_besides
 from tbrm_theory.losses import LOSSES
 
 ROOT = Path(__file__).parent.parent
@@ -148,6 +149,75 @@ def test_every_method_has_the_same_number_of_points() -> None:
         rates = {rate for rate, _ in family.grid(method, family.Config())}
         assert min(rates) == pytest.approx(0.01)
         assert max(rates) == pytest.approx(1.0)
+
+
+def test_every_method_tunes_the_one_coefficient_that_it_has() -> None:
+    for method, coefficient in family.COEFFICIENTS.items():
+        fields = LOSSES[method].fields
+        has = {
+            family.REFRESH: any(name.startswith("frozen") for name in fields),
+            family.COMPANION: bool(trained_besides(method)),
+            family.ROLLOUTS: "baseline" in fields and not trained_besides(method),
+            family.TEMPERATURE: method in ("grpo", "dr-grpo"),
+        }
+        assert [name for name, there in has.items() if there] == ([coefficient[0]] if coefficient else []), method
+        for rate, value in family.grid(method, family.Config()):
+            plain = Point(rate) if coefficient is None else replace(Point(rate), **{coefficient[0]: value})
+            assert family.as_point(method, rate, value) == plain
+
+
+@pytest.mark.parametrize(("winner", "edges"), [((1.0, 3.0), (True, False)), ((0.1, 10.0), (False, True))])
+def test_the_middle_half_of_other_seeds_decides_and_the_reported_ones_have_no_say(
+    winner: tuple[float, float], edges: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On curves made up: the winner has the least interquartile mean, not the least mean nor the luckiest seed."""
+    calls: list[tuple[set[int], Plan]] = []
+
+    def train(mdp: Any, loss: str, points: Any, seeds: Any, plan: Plan) -> Curves:
+        calls.append((set(seeds), plan))
+        settings = [(point.learning_rate, point.companion_rate) for point in points]
+        if len(points) > 1:
+            shares = [[0.1, 0.2, 0.2, 90.0] if pytest.approx(s) == winner else [0.0, 0.3, 0.3, 0.3] for s in settings]
+            regret = torch.stack([torch.ones(len(points), 4), torch.tensor(shares)], dim=-1)
+            return Curves(torch.tensor([0, 8]), torch.zeros(len(points), 2, dtype=torch.int64), 2 * regret.double())
+        assert settings == [pytest.approx(winner)]
+        curve = [[1.0, 0.0, 0.0, 0.4], [1.0, 0.01, 0.02, 0.1], [1.0, 0.02, 0.0, 0.3], [1.0, 0.5, 0.01, 9.0]]
+        samples = torch.tensor([[5, 105, 205, 305]])
+        return Curves(torch.arange(4), samples, 2 * torch.tensor([curve], dtype=torch.float64))
+
+    monkeypatch.setattr(family, "train", train)
+    row = family.tuned("merged-dag", "trajectory-balance", 4, replace(SMALL, rate_count=3))
+    assert row["winner"] == pytest.approx(list(winner))
+    assert (row["at_edge"], row["coefficient_at_edge"]) == edges
+    assert row["share"] == pytest.approx([1.0, 0.015, 0.005, 0.35])
+    assert row["samples_to_one_percent"] == 205
+    assert row["finals"] == pytest.approx([0.4, 0.1, 0.3, 9.0])
+    assert row["initial_regret"] == 2.0
+    [(tuning, first), (reported, second)] = calls
+    assert len(tuning) == len(reported) == 4
+    assert not tuning & reported
+    assert replace(first, evaluations=second.evaluations) == second
+
+
+def test_over_all_problems_it_is_the_middle_half_of_all_runs() -> None:
+    finals = {"one": [0.0, 0.1, 0.2, 0.3], "other": [0.25, 0.26, 5.0, 90.0]}
+    runs = [{"n": 1, "method": "tbrm", "problem": name, "finals": row} for name, row in finals.items()]
+    runs += [{"n": 4, "method": "tbrm", "problem": "one", "finals": [1.0] * 4}]
+    found = family.overall(runs)
+    middle, low, high = found["1"]["tbrm"]
+    assert middle == pytest.approx((0.2 + 0.25 + 0.26 + 0.3) / 4)
+    assert low < middle < high
+    assert found["4"]["tbrm"] == [1.0, 1.0, 1.0]
+
+
+def test_the_quick_slice_is_one_of_the_whole() -> None:
+    quick, whole = family.Config(quick=True), family.Config()
+    assert set(family.cells(quick)) < set(family.cells(whole))
+    assert {name.split("/")[1] for name in family.cells(quick) if "/" in name} == {
+        "modular-arithmetic",
+        "combination-lock",
+    }
+    assert quick.plan(4) == replace(whole.plan(4), updates=whole.updates // 3)
 
 
 def test_every_loss_is_a_method_or_the_same_as_one() -> None:

@@ -14,7 +14,7 @@ from tbrm_theory.dynamic_programming import regret
 from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.families import make
 from tbrm_theory.family_training import Curves, Plan, Point, train, trained_besides
-from tbrm_theory.laid_out import lay_out
+from tbrm_theory.laid_out import LaidOut, Rollouts, lay_out
 from tbrm_theory.losses import LOSSES
 from tbrm_theory.mdp import RegularizedMDP
 from tbrm_theory.scores import table_scores
@@ -91,7 +91,7 @@ def plain_reference_values(mdp: RegularizedMDP, seed: int, count: int) -> Tensor
     """``log mean exp(r/β)``, state by state."""
     problem = lay_out(mdp)
     states = len(problem.initial)
-    generator = torch.Generator().manual_seed(seed + 2**32)
+    generator = torch.Generator().manual_seed(seed + 2**31)
     shape = (count, states, mdp.horizon, problem.draws)
     uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
     value = torch.zeros(mdp.reference[0].shape[0], dtype=torch.float64)
@@ -149,6 +149,24 @@ def test_samples_are_all_that_was_drawn() -> None:
     assert offline.samples.tolist() == [[4, 16, 28], [10, 22, 34]]
     prompts = train(make("modular-arithmetic"), "a-star-po", [Point(0.1, reference_rollouts=4)], [0], plan)
     assert prompts.samples[0, 0] == 4 * 4
+
+
+def test_rollouts_of_the_reference_are_not_drawn_with_the_numbers_that_training_draws_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[Tensor] = []
+    original = LaidOut.roll_out
+
+    def noted(self: LaidOut, log_policy: Tensor, first: Tensor, uniform: Tensor) -> Rollouts:
+        drawn.append(uniform)
+        return original(self, log_policy, first, uniform)
+
+    monkeypatch.setattr(LaidOut, "roll_out", noted)
+    plan = Plan(updates=3, prompts=4)
+    train(make("modular-arithmetic"), "a-star-po", [Point(0.1)], range(5), plan)
+    of_reference, of_training = (torch.cat([x.flatten() for x in part]) for part in (drawn[:5], drawn[5:]))
+    assert len(of_training) >= 5 * 3 * 4
+    assert not bool(torch.isin(of_reference, of_training).any())
 
 
 def test_everything_starts_at_the_reference_with_value_zero() -> None:
@@ -235,6 +253,8 @@ def test_what_is_trained_besides_the_policy() -> None:
         ("vargrad", [Point(0.1)], [0], "group_size"),
         ("tbrm", [], [0], "points"),
         ("tbrm", [Point(0.1)], [], "seeds"),
+        ("tbrm", [Point(0.1)], [-1], "seeds"),
+        ("a-star-po", [Point(0.1)], [0, 2**31], "seeds"),  # those of the reference's rollouts of 0
     ],
 )
 def test_settings_that_make_no_sense_are_refused(

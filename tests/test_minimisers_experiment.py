@@ -113,6 +113,7 @@ def ended(
         (ended(1e-13, 0.1, 0.2), "unclear"),
         (ended(1e-20, 1e-20, 0.2), "unclear"),
         (ended(0.3, 1e-20, 0.0, rests=(False, True, True)), "unclear"),
+        (ended(1e-20, 1e-18, 0.0, rests=(True, False, True)), "unclear"),  # it passes by the optimum, and moves
         (ended(1e-20, 1e-18, 0.0, steps=(9, 9, 0)), "optimum"),
         (ended(0.3, 0.1, 0.2, rests=(False, False, False)), "nowhere"),
         (ended(0.3, 0.1, 1e-20, rests=(True, True, False)), "unclear"),  # the solver hangs beside the optimum

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,13 +11,13 @@ import pytest
 import reference
 import torch
 from convert import plain
-from plants import Plant, check_that_the_verdict_turns, function, scaled
+from plants import Plant, check_that_the_verdict_turns, function, scaled, scaled_tables
 from problems import random_policy, random_problem
 
 import tbrm_theory as tt
 from tbrm_theory import dynamic_programming, noise_cost, population
 from tbrm_theory.behaviours import Behaviour, HistoryBehaviour, MarkovBehaviour, MixtureBehaviour
-from tbrm_theory.claims import convergence, noisy_rewards
+from tbrm_theory.claims import noisy_rewards
 from tbrm_theory.claims.derivatives import ListedLoss, tables
 from tbrm_theory.mdp import RegularizedMDP
 from tbrm_theory.named_behaviours import random_markov, replay_of_deterministic, with_holes
@@ -29,53 +29,18 @@ from tbrm_theory.transitions import DenseTransition, DeterministicTransition
 
 # -- the claims can fail ---------------------------------------------------------------------------------------------
 
-CACHES = (
-    convergence.small_problem,
-    convergence.data_laws,
-    noisy_rewards.small_tree,
-    noisy_rewards.outcome_problem,
-    noisy_rewards._fit,
-    noisy_rewards._fit_rounding,
-)
-
-
-@pytest.fixture(autouse=True)
-def _nothing_cached_from_or_for_other_tests() -> Iterator[None]:
-    forget()
-    yield
-    forget()
-
-
-def forget() -> None:
-    for cache in CACHES:
-        cache.cache_clear()
-
-
-def planted(where: Any, name: str, bug: Any) -> Plant:
-    """The bug, seen by problems made before it, too."""
-
-    def plant(monkeypatch: pytest.MonkeyPatch) -> None:
-        function(where, name, bug)(monkeypatch)
-        forget()
-
-    return plant
-
 
 def optimal_data(original: Any) -> Any:
     """The optimum's own data for the best ones."""
     return lambda mdp, *, solution: solution.log_policy
 
 
-def scaled_plan(original: Any) -> Any:
-    return lambda *arguments: tuple(table * (1 + 1e-9) for table in original(*arguments))
-
-
 BUGS: dict[str, Plant] = {
-    "O6.a": planted(noise_cost, "noise_cost", scaled(1 + 1e-9)),
-    "O6.b": planted(noise_cost, "best_data_on_tree", optimal_data),
-    "O6.c": planted(noise_cost, "noise_cost", scaled(0.5)),
-    "O7.a": planted(population, "soft_plan", scaled_plan),
-    "O7.b": planted(dynamic_programming, "regret", scaled(1 + 1e-9)),
+    "O6.a": function(noise_cost, "noise_cost", scaled(1 + 1e-9)),
+    "O6.b": function(noise_cost, "best_data_on_tree", optimal_data),
+    "O6.c": function(noise_cost, "noise_cost", scaled(0.5)),
+    "O7.a": function(population, "soft_plan", scaled_tables(1 + 1e-9)),
+    "O7.b": function(dynamic_programming, "regret", scaled(1 + 1e-9)),
 }
 
 

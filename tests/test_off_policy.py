@@ -108,10 +108,16 @@ def test_data_further_from_the_reference_are_worse_and_so_is_no_reuse(run: Path)
 
 def test_replay_draws_no_older_batch_than_its_age(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each row of the run gets trajectories of the last `age` batches, and of all of these."""
-    batch = iter(range(100))
+    batch, drawn_by, certified = iter(range(100)), [], []  # type: Any, list[Any], list[Any]
+    certificate = off_policy._replay_certificate
+
+    def noted(mdp: Any, logits: Any, policies: Any, solution: Any) -> torch.Tensor:
+        certified.append(policies)
+        return certificate(mdp, logits, policies, solution)
 
     def numbered(mdp: Any, policy: Any, count: int, generator: Any) -> TrajectoryBatch:
         """The batch's number in place of its actions."""
+        drawn_by.append(policy)
         drawn = sample_trajectories(mdp, policy, count, generator)
         return TrajectoryBatch(drawn.states, torch.full_like(drawn.actions, next(batch)), drawn.mask)
 
@@ -126,6 +132,7 @@ def test_replay_draws_no_older_batch_than_its_age(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(off_policy, "PROBLEMS", {"one-state": {"horizon": 2, "actions": 2}})
     monkeypatch.setattr(off_policy, "sample_trajectories", numbered)
     monkeypatch.setattr(off_policy, "table_scores", scores)
+    monkeypatch.setattr(off_policy, "_replay_certificate", noted)
     config = off_policy.Config(ages=(1, 3), batches=8, batch_size=16, seeds=2)
     off_policy.replay("one-state", 2, config)
     assert len(seen) == 16
@@ -135,6 +142,20 @@ def test_replay_draws_no_older_batch_than_its_age(monkeypatch: pytest.MonkeyPatc
             oldest = max(0, newest - age + 1)
             assert set(actions[row].tolist()) <= set(range(oldest, newest + 1))
     assert set(seen[-1][2:].flatten().tolist()) == {5, 6, 7}
+    for age, policies in zip(
+        config.ages, certified, strict=True
+    ):  # the certificate is that of the policies in the buffer
+        assert all(one is other for one, other in zip(policies, drawn_by[-age:], strict=True))
+
+
+def test_samples_are_fresh_ones_and_one_percent_is_of_the_start(run: Path) -> None:
+    assert off_policy.samples_to_one_percent([0.5, 0.008, 0.005], 32) == 64
+    assert off_policy.samples_to_one_percent([0.5, 0.008], 32) is None
+    for row in (row for row in rows_of(run) if row["cell"].startswith("replay")):
+        assert row["samples"] == [16 * batch for batch in range(21)]  # whatever K is
+        for curve, reached in zip(row["regret"], row["reached"], strict=True):
+            below = [sample for sample, regret in zip(row["samples"], curve, strict=True) if 100 * regret <= curve[0]]
+            assert reached == (below[0] if below else None)
 
 
 def test_the_certificate_of_replay_is_above_that_with_the_exact_coefficient() -> None:

@@ -109,7 +109,8 @@ def dapo_loss(
 ) -> Float[Tensor, "..."]:
     """``-Σ_τ Σ_h min(w_h A, clip(w_h, 1 - clip, 1 + clip_higher) A)`` over the number of tokens, ``(…)`` (Yu et al., Eq. 8).
 
-    GRPO's advantage; there is no KL penalty, so ``beta`` has no effect.
+    GRPO's advantage; there is no KL penalty, so ``beta`` has no effect. That groups of equal rewards are drawn anew is the sampler's
+    part.
     """
     temperature(beta, scores)
     gain = _token_gain(scores, _group_advantage(scores, group_size, normalised=True), clip, clip_higher, "DAPO")
