@@ -15,12 +15,14 @@ summary.json, all regrets as shares of the initial one (the reference policy's):
 mean and both ends of the 95 % bootstrap interval over seeds), `overall` (by n and method: the same over all problems, resampled
 within problems), `samples_to_one_percent` (by n, problem and method: trajectories until the interquartile mean is at most 1 % for
 the first time; null if never), `winners` (learning rate and coefficient), `winners_at_edge` (those whose learning rate is the
-lowest or highest of the grid), `winners_at_edge_share`, `coefficients_at_edge` (the same of the coefficients), `same_as` (which
-methods are one, and the largest difference of their curves), `consumption` (Table 2 of [Y], measured: regression or policy
-gradient, single rollout, single model, trajectory reward, models, backward passes), `unexpected`, `verdict`, `seconds`.
+lowest or highest of the grid), `winners_at_edge_share`, `coefficients_at_edge` (the same of the coefficients), `no_better` (those that
+end no better than the reference policy), `same_as` (which methods are one, and the largest difference of their curves), `consumption`
+(Table 2 of [Y], measured: regression or policy gradient, single rollout, single model, trajectory reward, models, backward passes),
+`unexpected`, `verdict`, `seconds`.
 
 Exit status 1 if methods that are one give different curves or were not compared, if a loss consumes other scores than it declares,
-or if a tuned method ends no better than the reference policy (DAPO excepted, which has no KL penalty).
+or if a tuned method ends no better than the reference policy, of those that must: DAPO has no KL penalty, and by the one-step losses
+news of a rare reward goes back one step for each update that sees it.
 """
 
 from __future__ import annotations
@@ -102,6 +104,8 @@ SAME: dict[str, tuple[str, Callable[[float], float]]] = {
 }
 """Methods that are another one, and the factor between their gradients: I5; `V_ref = 0` at this start; both train an offset of their
 own; (β/2)∇VarGrad; I10."""
+NO_PROMISE = ("dapo", "brm", "sql-one-step", "sql-one-step-q", "pcl-one-step")
+"""Methods that may end no better than the reference policy."""
 SAME_CURVES = 1e-6
 QUARTERS_LEAST = 4  # runs for an interquartile mean
 
@@ -277,7 +281,8 @@ def summarise(rows: list[dict[str, Any]], config: Config, seconds: float) -> dic
     bad += [f"{row['cell']}: {row['difference']:.1e}" for row in same if not row["difference"] <= SAME_CURVES]
     bad += [f"{row['cell']}: nothing moved" for row in same if not row["moved"] > SAME_CURVES]
     bad += [f"{name}: consumes other scores than it declares" for name in by_cell["consumption"]["undeclared"]]
-    bad += [f"{r['cell']}: no better than the reference" for r in runs if r["share"][-1] >= 1 and r["method"] != "dapo"]
+    no_better = [row for row in runs if row["share"][-1] >= 1]
+    bad += [f"{row['cell']}: no better than the reference" for row in no_better if row["method"] not in NO_PROMISE]
 
     def table(value: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
         nested: dict[str, Any] = {}
@@ -294,6 +299,7 @@ def summarise(rows: list[dict[str, Any]], config: Config, seconds: float) -> dic
         "winners_at_edge": edge,
         "winners_at_edge_share": len(edge) / len(runs),
         "coefficients_at_edge": [row["cell"].removeprefix("tuned/") for row in runs if row["coefficient_at_edge"]],
+        "no_better": [row["cell"].removeprefix("tuned/") for row in no_better],
         "same_as": {
             method: [twin, max((row["difference"] for row in same if row["method"] == method), default=None)]
             for method, (twin, _) in SAME.items()
