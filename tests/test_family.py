@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -233,6 +235,20 @@ def test_winner_and_curve_are_those_of_the_grid(run: Path) -> None:
             assert row["low"][-1] <= row["share"][-1] <= row["high"][-1]
             assert row["samples"][-1] == 8 * 4 * row["n"]
             assert score <= 1.5 * row["share"][-1]  # other seeds, the same problem
+
+
+@pytest.mark.slow
+def test_the_quick_slice_runs_as_a_program(tmp_path: Path) -> None:
+    program = [sys.executable, str(ROOT / "experiments" / "family.py"), "--quick", "--results", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads((tmp_path / "family" / "latest" / "summary.json").read_text())
+    assert summary["verdict"] == "as predicted"
+    assert set(summary["final"]["4"]) == {"modular-arithmetic", "combination-lock"}
+    for by_method in summary["final"]["4"].values():
+        assert {"tbrm", "grpo"} <= set(by_method)
+        assert all(low <= middle <= high for middle, low, high in by_method.values())
 
 
 def test_a_finished_part_is_not_run_again(run: Path) -> None:
