@@ -27,6 +27,7 @@ from tbrm_theory.llm.part_timer import PARTS
 from tbrm_theory.llm.peak_memory import PeakMemory
 from tbrm_theory.llm.run_files import read_runs
 from tbrm_theory.llm.run_parts import build_dataset, build_model
+from tbrm_theory.statistics import bootstrap_interval
 from tests.tiny_language_models import language_model, language_model_test, own_randomness, tokenizer  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
@@ -127,16 +128,31 @@ def test_paying_is_no_part_of_sampling_nor_of_the_update(
 
         yield reward
 
+    class Memory:
+        beside_it = 0
+
+        @contextmanager
+        def beside(self) -> Iterator[None]:
+            Memory.beside_it += 1
+            yield
+
+        def bytes(self) -> int:
+            return 7
+
     monkeypatch.setattr(run_training, "_reward", slow)
+    monkeypatch.setattr(run_training, "PeakMemory", Memory)
     file = yaml.safe_load(CONFIG.read_text())
     own = file["methods"].get(name, {"method": "a2po", "num_value_samples": 1})
     path = tmp_path / "file.yaml"
-    path.write_text(yaml.safe_dump(file | {"methods": {name: own}, "seeds": [0]}))
+    path.write_text(yaml.safe_dump(file | {"methods": {name: own, "another": {"method": "tbrm"}}, "seeds": [0]}))
     words = command(tmp_path, "--train_problems", "8", "--evaluation_steps", "9", "--max_steps", "1")
     words[words.index(str(CONFIG))] = str(path)
     run = next(run for run in read_runs(words) if run.name == f"{name}/seed-0")
-    seconds = run_training.train_run(run, tmp_path, made["folder"]["path"] / "pretraining")["seconds_per_step"]
-    assert seconds["other"] >= 0.5
+    found = run_training.train_run(run, tmp_path, made["folder"]["path"] / "pretraining")
+    assert [point[0] for point in found["curve"]] == [0, 1]  # judged at the end, whatever the interval
+    assert (found["peak_bytes"], Memory.beside_it) == (7, 2)
+    seconds = found["seconds_per_step"]
+    assert 0.5 <= seconds["other"] < 1.0  # what was judged before it is no part of a step
     assert sum(seconds.values()) < seconds["other"] + 0.5
 
 
@@ -328,6 +344,25 @@ def test_a_full_disk_is_said_to_be_one(tmp_path: Path, monkeypatch: pytest.Monke
     assert caught.value.errno == errno.ENOSPC
 
 
+@pytest.mark.parametrize("name", ["ppo-n1", "grpo-n4"])
+def test_a_run_that_was_cut_goes_on_from_its_last_checkpoint_and_ends_as_it_would(name: str, tmp_path: Path) -> None:
+    own = ("--pretraining_steps", "0", "--save_strategy", "steps", "--save_steps", "1", "--max_steps", "3")
+    words = command(tmp_path, *own, "--learning_rate", "0.01", "--lr_scheduler_type", "linear")
+    llm_training.make_row(words, "pretraining", tmp_path)
+    first = llm_training.make_row(words, f"{name}/seed-0", tmp_path)
+    end = load_file(tmp_path / name / "seed-0" / "checkpoint-3" / "model.safetensors")
+    path = tmp_path / name / "seed-0" / "curve.jsonl"
+    marked = [json.loads(line) | {"accuracy": 0.125} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(point) + "\n" for point in marked))
+    again = llm_training.make_row(words, f"{name}/seed-0", tmp_path)
+    assert [point[-1] for point in again["curve"]] == [0.125] * 3 + [
+        first["curve"][-1][-1]
+    ]  # the last alone was judged
+    assert again["rewards"] == first["rewards"]
+    resumed = load_file(tmp_path / name / "seed-0" / "checkpoint-3" / "model.safetensors")
+    assert all(torch.equal(table, resumed[key]) for key, table in end.items())
+
+
 # -- the runs of a file ------------------------------------------------------------------------------------------------
 
 
@@ -364,6 +399,14 @@ def test_the_summary_sets_ratios_beside_the_papers() -> None:
     for key in summary:
         assert f"`{key}`" in (llm_training.__doc__ or ""), key
     assert len(llm_training.tables(summary)) == 3
+
+
+def test_the_interval_is_over_problems() -> None:
+    """Three of them, two responses to each, two seeds: problems' means of ¾, 0 and ¾."""
+    rewards = ([[1.0, 1.0], [0.0, 0.0], [1.0, 0.0]], [[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]])
+    low, high = bootstrap_interval([0.75, 0.0, 0.75], seed=0)
+    found = llm_training._accuracy([{"rewards": paid} for paid in rewards])
+    assert found == {"mean": 0.5, "low": low, "high": high}
 
 
 def test_without_a_method_its_ratios_are_absent() -> None:
