@@ -129,7 +129,7 @@ def _trained(
         disable_tqdm=training.disable_tqdm,
         use_cpu=training.use_cpu,
         bf16=training.bf16,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         dataset_num_proc=None,
         seed=0,
     )
