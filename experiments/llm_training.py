@@ -15,13 +15,10 @@ reported and not judged.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -33,6 +30,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from tbrm_theory.errors import InvalidInputError
+from tbrm_theory.execution import in_a_process
 from tbrm_theory.llm.part_timer import PARTS
 from tbrm_theory.llm.pretraining import found_pretrained
 from tbrm_theory.llm.run_arguments import RunArguments
@@ -60,12 +58,14 @@ def main(arguments: Sequence[str]) -> int:
             return follow(arguments)
     console = Console(width=None if sys.stdout.isatty() else 200)
     line = split_command_line(arguments)
-    settings = {"file": read_file(line.config), "overrides": [*line.rest, *map(str, line.dotted.items())]}
+    overrides = [*line.rest, *map(str, line.dotted.items())]
+    settings = {"file": read_file(line.config), "overrides": overrides, "processes": _processes()}
     run = Run.open("llm_run", settings, root=Path(wanted[0].arguments.results))
     done = {row["cell"] for row in run.rows()}
     missing = [each.name for each in wanted if each.name not in done]
-    start = _start(wanted[0].arguments, run.folder)
-    if missing and starts_from_nothing(wanted[0].arguments) and not (PRETRAINING in done and found_pretrained(start)):
+    first = whole[0].arguments
+    found = starts_from_nothing(first) and found_pretrained(_start(first, run.folder), first)
+    if missing and starts_from_nothing(first) and not (PRETRAINING in done and found):
         missing.insert(0, PRETRAINING)
     _told_by_the_first([str(run.folder), *missing])
     try:
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
             task = progress.add_task("runs", total=len(missing))
             for name in missing:
                 progress.update(task, description=name)
-                run.record({"cell": name} | _in_a_process(arguments, name, run.folder))
+                run.record({"cell": name} | _made(arguments, name, run.folder))
                 progress.advance(task)
     except KeyboardInterrupt:
         console.print(f"interrupted; the same command goes on from {run.folder}", markup=False, soft_wrap=True)
@@ -108,8 +108,8 @@ def _check_processes(wanted: list[LanguageRun]) -> None:
         raise InvalidInputError(
             "--only", "several processes train one run; name one method, and give the file one seed"
         )
-    given = wanted[0].arguments.pretrained
-    if starts_from_nothing(wanted[0].arguments) and not (given and found_pretrained(Path(given))):
+    first = wanted[0].arguments
+    if starts_from_nothing(first) and not (first.pretrained and found_pretrained(Path(first.pretrained), first)):
         raise InvalidInputError("pretrained", "one process makes the model; expected the folder where it did")
 
 
@@ -137,22 +137,17 @@ def _without_only(arguments: Sequence[str]) -> list[str]:
     return kept
 
 
-def _in_a_process(arguments: Sequence[str], name: str, folder: Path) -> Row:
+def _made(arguments: Sequence[str], name: str, folder: Path) -> Row:
     """The row of one run; a process that dies takes nothing with it."""
     if _processes() > 1:
         return make_row(arguments, name, folder)
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            return pool.submit(make_row, list(arguments), name, folder).result()
-        except BrokenProcessPool:
-            raise InvalidInputError(
-                name, "its process was killed (too little memory?); the same command goes on"
-            ) from None
+    return in_a_process(name, make_row, list(arguments), name, folder)
 
 
 def make_row(arguments: Sequence[str], name: str, folder: Path) -> Row:
     """What is recorded of one run, or of the pre-training that comes before all."""
-    runs = {run.name: run for run in read_runs(arguments)}
+    # All of the file's: the first makes the model, whatever `--only` says.
+    runs = {run.name: run for run in read_runs(_without_only(arguments))}
     first: LanguageRun = next(iter(runs.values()))
     start = _start(first.arguments, folder)
     if name == PRETRAINING:

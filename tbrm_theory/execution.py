@@ -5,6 +5,8 @@ the package itself must be importable there, in the same version. Rows come back
 
 Workers never see a Ctrl-C. The interrupt key of a terminal reaches every process of a command, and a worker that dies of it is
 mistaken for a failure; so they are started with the signal blocked, and this process, which gets it, ends them.
+
+:func:`in_a_process` is for work that wants a process of its own, one after the other.
 """
 
 from __future__ import annotations
@@ -12,12 +14,16 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import multiprocessing
+import os
 import signal
 import threading
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
+from multiprocessing import connection, resource_tracker
 from types import ModuleType
 from typing import Any, Literal
 
@@ -27,7 +33,7 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from tbrm_theory.errors import InvalidInputError
 
-__all__ = ["Execution"]
+__all__ = ["Execution", "in_a_process"]
 
 Row = dict[str, Any]
 Cells = Mapping[str, Callable[[], Row]]
@@ -131,6 +137,41 @@ def _result(future: Any, distributed: ModuleType) -> tuple[str, Row]:
         if future.status == "error":  # the cell's own
             raise
         raise InvalidInputError("scheduler", f"it went away; {_GOES_ON}") from error
+
+
+def in_a_process(name: str, function: Callable[..., Row], *arguments: Any) -> Row:
+    """What ``function`` returns in a new process, which is gone when this one is, however that ended.
+
+    Raises:
+        InvalidInputError: that process, called ``name``, was killed.
+        Exception: whatever the function raises.
+    """
+    spawn = multiprocessing.get_context("spawn")  # a fork inherits locks, and what a GPU library holds
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_end_with_the_parent) as pool:
+        try:
+            with _interrupt_deferred():
+                future = pool.submit(function, *arguments)
+            return future.result()
+        except BrokenProcessPool:
+            raise InvalidInputError(
+                name, "its process was killed (too little memory?); the same command goes on"
+            ) from None
+        except KeyboardInterrupt:
+            for child in multiprocessing.active_children():
+                child.kill()
+            raise
+
+
+def _end_with_the_parent() -> None:
+    """A process that outlived its parent would write where the same command, started again, goes on."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextlib.contextmanager

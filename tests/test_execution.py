@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from tbrm_theory.errors import InvalidInputError
-from tbrm_theory.execution import Execution
+from tbrm_theory.execution import Execution, in_a_process
 from tbrm_theory.experiment import run_experiment
 
 ROOT = Path(__file__).parent.parent
@@ -40,7 +40,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from tbrm_theory.execution import Execution
+from tbrm_theory.execution import Execution, in_a_process
 from tbrm_theory.experiment import run_experiment
 from tbrm_theory.program import run_program
 
@@ -239,6 +239,57 @@ def test_without_dask_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
         InvalidInputError, match=r"backend: dask is not installed; pip install 'tbrm-theory\[cluster\]'"
     ):
         list(Execution(backend="dask").rows({"a": dict}))
+
+
+# -- a process for one thing -----------------------------------------------------------------------------------------
+
+ALONE = """
+import os, sys, time
+from pathlib import Path
+
+from tbrm_theory.execution import in_a_process
+from tbrm_theory.program import run_program
+
+
+def works(path):
+    Path(path).write_text(f"{os.getpid()}.")
+    time.sleep(600)
+
+
+if __name__ == "__main__":
+    sys.exit(run_program("alone", lambda: in_a_process("cell", works, sys.argv[1])))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_for_one_thing_returns_or_was_killed() -> None:
+    assert in_a_process("cell", dict, [("pid", 1)]) == {"pid": 1}
+    with pytest.raises(InvalidInputError, match=r"^cell: its process was killed.*the same command goes on"):
+        in_a_process("cell", os._exit, 9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+def test_it_does_not_outlive_what_started_it(end: signal.Signals, tmp_path: Path) -> None:
+    """Else it would go on writing where the same command, started again, writes."""
+
+    def runs(process: int) -> bool:
+        stat = Path(f"/proc/{process}/stat")
+        return stat.exists() and stat.read_text().rpartition(") ")[2][0] not in "ZX"
+
+    script, path = tmp_path / "alone.py", tmp_path / "worker"
+    script.write_text(ALONE)
+    with started(str(script), str(path)) as process:
+        eventually(lambda: path.exists() and path.read_text().endswith("."), process)
+        worker = int(path.read_text()[:-1])
+        assert runs(worker)
+        os.kill(process.pid, end)  # this one alone, not its group
+        process.wait(timeout=60)
+        assert process.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130}[end]
+        deadline = time.monotonic() + 30
+        while runs(worker):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 # -- a Dask cluster --------------------------------------------------------------------------------------------------

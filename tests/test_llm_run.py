@@ -279,9 +279,30 @@ REFUSED: list[tuple[dict[str, Any], list[str], str]] = [
     ({"architecture": None}, [], r"^model: expected `model`, `architecture`"),
     ({"architecture": "{"}, [], r"^architecture: not YAML"),
     ({"architecture": [1]}, [], r"^architecture: expected a mapping"),
-    ({"held_out_problems": 0}, [], r"^held_out_problems: expected at least 1"),
+    ({"held_out_problems": 0}, [], r"^held_out_problems: expected at least 2"),
     ({"evaluation_rows": 0}, [], r"^evaluation_rows: expected at least 1"),
     ({"gae_lambda": 2.0}, [], r"^gae_lambda: expected a number from 0 to 1"),
+    ({"held_out_problems": 1}, [], r"^held_out_problems: expected at least 2"),  # one has no interval
+    ({"pretraining_problems": 0}, [], r"^pretraining_problems: expected at least 1"),
+    ({"pretraining_steps": -1}, [], r"^pretraining_steps: expected at least 0"),
+    ({"per_device_train_batch_size": 0}, [], r"^per_device_train_batch_size: expected at least 1"),
+    ({"max_steps": -1}, [], r"^max_steps: expected a positive number"),
+    ({"style": "chat"}, [], r"^style: chat needs a `model`"),
+    ({"beta": [1.0]}, [], r"^beta: expected float, found \[1\.0\]"),
+    ({"prompts_per_step": {"a": 8}}, [], r"^prompts_per_step: expected int, found"),
+    ({"method": "grpo", "num_generations": 1}, [], r"^grpo: GRPO requires at least 2 generations"),
+    ({"lr_scheduler_type": "sideways"}, [], r"^tbrm: sideways is not a valid SchedulerType"),
+    ({"method": ["grpo"]}, [], r"^method: expected one of tbrm, "),
+    ({"methods": {}}, [], r"^methods: expected at least one"),
+    ({"methods": {"../a": {}}}, [], r"^methods\.\.\./a: expected a name of letters"),
+    ({"methods": {"pretraining": {}}}, [], r"^methods\.pretraining: expected a name of letters"),
+    ({"methods": {"a": {"model": "x"}, "b": {}}}, [], r"methods\.a\.model: the methods of a file have this in common"),
+    ({"methods": {"a": {}, "b": {"held_out_problems": 3}}}, [], r"methods\.b\.held_out_problems: the methods"),
+    ({"seeds": [1, 1]}, [], r"^seeds: expected each of them once"),
+    ({"seeds": [1, 2]}, ["--seed", "3"], r"^--seed: the file has `seeds`"),
+    ({}, ["--name", "x"], r"^--name: use --only"),
+    ({}, ["--architectur.hidden_size", "8"], r"^--architectur\.hidden_size: no field"),
+    ({}, ["--methods.tbrm.beta", "1"], r"^--methods\.tbrm\.beta: no field"),
 ]
 
 
@@ -301,7 +322,8 @@ REFUSED_BY_THE_DRY_RUN: list[tuple[dict[str, Any], str]] = [
     ({"difficulty": {"maximum": 1}}, "^difficulty: gcd refuses"),
     ({"report_to": "wandb"}, "^report_to: nothing is reported"),
     ({"trust_remote_code": True}, "^report_to: .* no code of a model is run"),
-    ({"max_steps": -1}, "^max_steps: expected a positive number"),
+    ({"architecture": ARCHITECTURE | {"hidden_size": "wide"}}, "^architecture: .*hidden_size"),
+    ({"architecture": ARCHITECTURE | {"hidden_size": 18}}, "^architecture: .*hidden"),
     ({"launch": ["experiments/configs/launch/fsdp_4gpu.yaml"]}, "^launch: starts 4 processes, but `processes` is 1"),
     (
         {"launch": ["experiments/configs/launch/fsdp_4gpu.yaml"], "processes": 4, "per_device_train_batch_size": 2},
@@ -323,6 +345,17 @@ def test_the_dry_run_names_what_does_not_fit(changes: dict[str, Any], message: s
         llm_run.main(["--config", written(tmp_path, **changes), "--dry-run"])
 
 
+def test_a_seed_without_a_list_of_them_is_a_field_like_others(tmp_path: Path) -> None:
+    assert setting(runs_of(tmp_path, "--seed", "5", seed=3)[0], "seed") == 5
+
+
+def test_a_value_that_was_left_empty_is_refused(tmp_path: Path) -> None:
+    path = Path(written(tmp_path))
+    path.write_text(f"{path.read_text()}beta:\n")
+    with pytest.raises(InvalidInputError, match=r"^beta: expected float, found None"):
+        read_runs(["--config", str(path)])
+
+
 @pytest.mark.parametrize(("name", "value"), [("report_to", "wandb"), ("trust_remote_code", True)])
 def test_a_real_run_refuses_them_too(name: str, value: Any, tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match=r"^report_to: "):
@@ -340,8 +373,8 @@ def test_a_run_that_needs_more_memory_than_there_is_fails(tmp_path: Path, capsys
 def test_files_are_read_safely(tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     made = tmp_path / "made"
-    for text in (f"task: !!python/object/apply:os.mkdir [{made}]", "a: [", "- 1", "1: 2"):
-        path.write_text(text)
+    for text in (f"task: !!python/object/apply:os.mkdir [{made}]", "a: [", "- 1", "1: 2", "a: 2026-99-99", "a: é"):
+        path.write_text(text, encoding="latin-1")
         with pytest.raises(InvalidInputError, match=r"bad\.yaml: "):
             read_runs(["--config", str(path)])
     assert not made.exists()
@@ -408,6 +441,18 @@ def test_an_exact_run_calls_that_experiment(exact: list[ExactConfig], tmp_path: 
         read_settings(["--config", str(path)], ExactConfig)
     with pytest.raises(InvalidInputError, match=r"^arguments: expected --key value"):
         read_settings(["--config", str(path), "--horizon"], ExactConfig)
+    for text, message in (
+        ("horizon: many", r"^horizon: expected int, found 'many'"),
+        ("horizon: 1.5", r"^horizon: expected int"),
+        ("horizon: true", r"^horizon: expected int"),
+        ("rate: fast", r"^rate: expected float, found 'fast'"),
+        ("rates: [0.1, x]", r"^rates\[1\]: expected float, found 'x'"),
+        ("rates: 0.1", r"^rates: expected"),
+        ("results:", r"^results: expected"),
+    ):
+        path.write_text(f"run: exact\n{text}")
+        with pytest.raises(InvalidInputError, match=message):
+            read_settings(["--config", str(path)], ExactConfig)
 
 
 # -- models --------------------------------------------------------------------------------------------------
@@ -497,6 +542,15 @@ def test_a_layer_keeps_what_is_said(kind: str, hidden: int, inner: int, pairs: i
     tokens = 2 * 8
     measured = (kept[2, 4] - kept[2, 2] - kept[1, 4] + kept[1, 2]) / tokens
     assert layer_bytes(model_configuration(arguments), precision) == measured
+
+
+def test_a_model_without_key_value_heads_of_its_own_is_estimated_too(tmp_path: Path) -> None:
+    sizes = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32}
+    (run,) = runs_of(tmp_path, architecture=sizes)
+    llama = ARCHITECTURE | {"intermediate_size": 64, "num_key_value_heads": 4}
+    (other,) = runs_of(tmp_path, architecture=llama)
+    for part in ("judging", "activations"):
+        assert getattr(memory_estimate(run), part) == getattr(memory_estimate(other), part)
 
 
 def test_sharding_divides_what_it_shards(tmp_path: Path) -> None:

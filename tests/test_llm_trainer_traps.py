@@ -79,16 +79,19 @@ def test_every_row_has_the_residual_of_its_definition_after_training(architectur
     close(own_residual(run), naive)
 
 
-def test_1_log_probabilities_are_at_temperature_one_whatever_samples(tmp_path: Path) -> None:
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_1_log_probabilities_are_at_temperature_one_whatever_samples(iterations: int, tmp_path: Path) -> None:
+    """Those of the sampler are at its own, whether it is the policy of this very update or an older one."""
     model = language_model()
     before = copy.deepcopy(model)
-    run = watched(tmp_path, model, temperature=0.4, max_steps=2, num_iterations=2, learning_rate=0.0)
+    run = watched(tmp_path, model, temperature=0.4, max_steps=2, num_iterations=iterations, learning_rate=0.0)
     run.train()
+    assert ("behaviour_log_policy" in run.inputs[1]) == (iterations > 1)
+    behaviour = run.scores[1].behaviour_log_policy
+    assert behaviour is not None
+    assert not behaviour.requires_grad
     for prompt, completion, log_policy, sampled in zip(
-        *zip(*completions_of(run.inputs[1]), strict=True),
-        run.scores[1].log_policy,
-        run.inputs[1]["behaviour_log_policy"],
-        strict=True,
+        *zip(*completions_of(run.inputs[1]), strict=True), run.scores[1].log_policy, behaviour, strict=True
     ):
         naive, _ = naive_scores(before, list(prompt), list(completion))
         close(log_policy[: len(completion)], naive)

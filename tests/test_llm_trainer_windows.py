@@ -10,6 +10,7 @@ import torch
 
 from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.llm.replay import Replay, batch_of, rows_of
+from tbrm_theory.llm.trainer_state import TrainerState, load_state, save_state
 from tests.tiny_language_models import (
     completions_of,
     language_model,
@@ -171,6 +172,15 @@ def test_4_a_run_resumed_inside_a_window_ends_at_the_same_bits(stop: int, tmp_pa
     (tmp_path / "one" / f"checkpoint-{stop}" / "tbrm_state_0.safetensors").unlink()
     with pytest.raises(InvalidInputError, match="tbrm_state_0"):
         watched(tmp_path / "one", **options).train(resume_from_checkpoint=str(tmp_path / "one" / f"checkpoint-{stop}"))
+
+
+def test_a_checkpoint_of_more_processes_is_refused(tmp_path: Path) -> None:
+    state = TrainerState(step=1, reference_version=0, replaying=False, window=[])
+    for process in (0, 1):
+        save_state(state, tmp_path, process)
+    assert load_state(tmp_path, 1, processes=2).step == 1
+    with pytest.raises(InvalidInputError, match=r"tbrm_state_1\.safetensors belongs to no process; resume with"):
+        load_state(tmp_path, 0, processes=1)
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
-from concurrent.futures.process import BrokenProcessPool
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +21,13 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from tbrm_theory.errors import InvalidInputError
-from tbrm_theory.llm.judging import Judge, responses
+from tbrm_theory.llm import pretraining, run_training
+from tbrm_theory.llm.judging import Judge, Judgement, responses
 from tbrm_theory.llm.part_timer import PARTS
 from tbrm_theory.llm.peak_memory import PeakMemory
 from tbrm_theory.llm.run_files import read_runs
-from tbrm_theory.llm.run_parts import build_model
+from tbrm_theory.llm.run_parts import build_dataset, build_model
+from tbrm_theory.statistics import bootstrap_interval
 from tests.tiny_language_models import language_model, language_model_test, own_randomness, tokenizer  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
@@ -108,9 +114,49 @@ def test_the_cost_of_a_step_is_split_by_what_the_method_does(
     log = made["folder"]["path"] / name / "log.jsonl"
     steps = [json.loads(line) for line in log.read_text().splitlines()]
     for step in (step for step in steps if "step_time" in step):
-        assert sum(step[f"seconds/{part}"] for part in PARTS) >= step["step_time"] * 0.5
+        assert sum(step[f"seconds/{part}"] for part in PARTS) >= step["step_time"] * 0.999
     samples = [json.loads(line) for line in (log.parent / "samples.jsonl").read_text().splitlines()]
     assert [sample["reward"] for sample in samples] == [paid[0] for paid in row["rewards"]]
+
+
+@pytest.mark.parametrize("name", ["tbrm-n1", "grpo-n4", "a2po"])
+def test_paying_is_no_part_of_sampling_nor_of_the_update(
+    name: str, made: dict[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def slow(_: Any) -> Iterator[Any]:
+        def reward(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+            time.sleep(0.5)
+            return [1.0] * len(completions)
+
+        yield reward
+
+    class Memory:
+        beside_it = 0
+
+        @contextmanager
+        def beside(self) -> Iterator[None]:
+            Memory.beside_it += 1
+            yield
+
+        def bytes(self) -> int:
+            return 7
+
+    monkeypatch.setattr(run_training, "_reward", slow)
+    monkeypatch.setattr(run_training, "PeakMemory", Memory)
+    file = yaml.safe_load(CONFIG.read_text())
+    own = file["methods"].get(name, {"method": "a2po", "num_value_samples": 1})
+    path = tmp_path / "file.yaml"
+    path.write_text(yaml.safe_dump(file | {"methods": {name: own, "another": {"method": "tbrm"}}, "seeds": [0]}))
+    words = command(tmp_path, "--train_problems", "8", "--evaluation_steps", "9", "--max_steps", "1")
+    words[words.index(str(CONFIG))] = str(path)
+    run = next(run for run in read_runs(words) if run.name == f"{name}/seed-0")
+    found = run_training.train_run(run, tmp_path, made["folder"]["path"] / "pretraining")
+    assert [point[0] for point in found["curve"]] == [0, 1]  # judged at the end, whatever the interval
+    assert (found["peak_bytes"], Memory.beside_it) == (7, 2)
+    seconds = found["seconds_per_step"]
+    assert 0.5 <= seconds["other"] < 1.0  # what was judged before it is no part of a step
+    assert sum(seconds.values()) < seconds["other"] + 0.5
 
 
 # -- judging -----------------------------------------------------------------------------------------------------------
@@ -133,6 +179,16 @@ def test_whatever_the_model_declares_ends_a_response() -> None:
     model.generation_config.eos_token_id = [1, *range(3, 12)]  # and every letter
     assert max(map(len, free)) > 1
     assert max(map(len, responses(model, words, ["a"] * 16, **options))) == 1
+
+
+def test_what_a_models_settings_advise_does_not_change_its_samples() -> None:
+    options: dict[str, Any] = {"tokens": 5, "temperature": 1.0, "seed": 7, "rows": 16}
+    model, words = language_model(), tokenizer()
+    plain = responses(model, words, ["a"] * 16, **options)
+    for advice in ({"repetition_penalty": 9.0}, {"top_k": 1}, {"top_p": 0.1}, {"temperature": 0.1}):
+        model = language_model()
+        model.generation_config.update(do_sample=True, **advice)
+        assert responses(model, words, ["a"] * 16, **options) == plain
 
 
 def test_average_at_k_pays_each_response_to_its_own_problem() -> None:
@@ -181,6 +237,20 @@ def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path: Path) -> Non
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["config.json"]
 
 
+def test_what_was_pre_trained_with_other_settings_is_refused(made: dict[str, dict[str, Any]]) -> None:
+    folder = made["folder"]["path"]
+    words = ["--pretrained", str(folder / "pretraining"), "--pretraining_accuracy", "0.1"]
+    with pytest.raises(
+        InvalidInputError, match=r"^pretrained: .* with pretraining_accuracy 0\.0, and 0\.1 is asked for"
+    ):
+        llm_training.make_row(command(folder, *words), "pretraining", folder)
+    (folder / "old").mkdir()
+    for text in ("{", "{}", '{"made": {"size": 3}}'):
+        (folder / "old" / "pretrained.json").write_text(text)
+        with pytest.raises(InvalidInputError, match=r"pretrained\.json: not what pre-training writes"):
+            llm_training.make_row(command(folder, "--pretrained", str(folder / "old")), "pretraining", folder)
+
+
 def test_what_was_pre_trained_is_not_made_again(made: dict[str, dict[str, Any]]) -> None:
     folder = made["folder"]["path"]
     again = llm_training.make_row(command(folder), "pretraining", folder)
@@ -203,6 +273,97 @@ def test_a_model_needs_no_pre_training(tmp_path: Path) -> None:
     (tmp_path / "tbrm-n1" / "seed-0" / "checkpoint-2" / "tbrm_state_0.safetensors").unlink()  # half written
     again = llm_training.make_row(words, "tbrm-n1/seed-0", tmp_path)
     assert [again[key] for key in ("curve", "rewards")] == [first[key] for key in ("curve", "rewards")]
+
+
+def test_too_few_problems_for_an_update_are_no_run(tmp_path: Path) -> None:
+    words = command(tmp_path, "--pretraining_steps", "0", "--train_problems", "7")
+    llm_training.make_row(words, "pretraining", tmp_path)
+    with pytest.raises(InvalidInputError, match=r"^train_problems: 7 problems to train on and 8 in an update"):
+        llm_training.make_row(words, "grpo-n4/seed-0", tmp_path)
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
+    words = command(tmp_path, "--model", str(tmp_path / "absent"))
+    with pytest.raises(InvalidInputError, match=r"^model: .*absent: "):
+        llm_training.make_row(words, "tbrm-n1/seed-0", tmp_path)
+
+
+def test_the_trainer_gets_what_the_file_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stopped(Exception): ...
+
+    class Trainer:
+        def __init__(self, **given: Any) -> None:
+            self.__class__.given = given
+            raise Stopped
+
+        given: dict[str, Any]
+
+    monkeypatch.setattr(run_training, "trainer_class", lambda _: Trainer)
+    monkeypatch.setattr(run_training, "timed", lambda kind: kind)
+    own = ["--critic_learning_rate", "0.5", "--gae_lambda", "0.7", "--entropy_coefficient", "0.3"]
+    words = command(tmp_path, *own, "--model_init_kwargs", '{"attn_implementation": "eager"}', "--dtype", "bfloat16")
+    run = next(run for run in read_runs(words) if run.name == "ppo-n1/seed-2")
+    with pytest.raises(Stopped):
+        run_training.train_run(run, tmp_path / "run", None if run.arguments.model else _start(words, tmp_path))
+    given = Trainer.given
+    assert (given["critic_learning_rate"], given["gae_lambda"], given["entropy_coefficient"]) == (0.5, 0.7, 0.3)
+    assert given["args"].model_init_kwargs == {"attn_implementation": "eager", "dtype": "bfloat16"}
+    assert given["model"] == str(tmp_path / "pretraining")
+    drawn = build_dataset(run.arguments, seed=2).train["prompt"]
+    assert given["train_dataset"]["prompt"] == drawn != build_dataset(run.arguments, seed=1).train["prompt"]
+
+
+def _start(words: list[str], folder: Path) -> Path:
+    llm_training.make_row([*words, "--pretraining_steps", "0"], "pretraining", folder)
+    return folder / "pretraining"
+
+
+def test_the_curve_counts_what_was_sampled_and_forgets_what_is_judged_again(tmp_path: Path) -> None:
+    """Of two updates on each batch the second samples nothing; a run that goes on from a checkpoint is behind its curve."""
+    run = next(run for run in read_runs(command(tmp_path, "--num_iterations", "2")) if run.name == "tbrm-n4/seed-0")
+    for step in (0, 2, 3, 5, 4):
+        run_training._keep(tmp_path, run, Judgement(step, [[1.0, 0.0]], [{"step": step}]))
+    curve = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["rollouts"]) for row in curve] == [(0, 0), (2, 8 * 4), (3, 2 * 8 * 4), (4, 2 * 8 * 4)]
+    assert json.loads((tmp_path / "samples.jsonl").read_text()) == {"step": 4}
+
+
+def test_the_first_logged_updates_warm_up() -> None:
+    rows = [{f"seconds/{part}": seconds for part in PARTS} for seconds in (9.0, 1.0, 2.0)]
+    assert run_training._seconds([*rows, {"train_runtime": 7.0}]) == dict.fromkeys(PARTS, 1.5)
+    assert run_training._seconds(rows[:1]) == dict.fromkeys(PARTS, 9.0)
+
+
+def test_a_full_disk_is_said_to_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write() -> None:
+        with run_training.room_for(tmp_path / "not" / "yet"):
+            raise RuntimeError("file write failed")
+
+    with pytest.raises(RuntimeError, match="file write failed"):
+        write()
+    monkeypatch.setattr(run_training, "_NO_ROOM", shutil.disk_usage(tmp_path).total)
+    with pytest.raises(OSError, match=r"No space left on device: .*yet") as caught:
+        write()
+    assert caught.value.errno == errno.ENOSPC
+
+
+@pytest.mark.parametrize("name", ["ppo-n1", "grpo-n4"])
+def test_a_run_that_was_cut_goes_on_from_its_last_checkpoint_and_ends_as_it_would(name: str, tmp_path: Path) -> None:
+    own = ("--pretraining_steps", "0", "--save_strategy", "steps", "--save_steps", "1", "--max_steps", "3")
+    words = command(tmp_path, *own, "--learning_rate", "0.01", "--lr_scheduler_type", "linear")
+    llm_training.make_row(words, "pretraining", tmp_path)
+    first = llm_training.make_row(words, f"{name}/seed-0", tmp_path)
+    end = load_file(tmp_path / name / "seed-0" / "checkpoint-3" / "model.safetensors")
+    path = tmp_path / name / "seed-0" / "curve.jsonl"
+    marked = [json.loads(line) | {"accuracy": 0.125} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(point) + "\n" for point in marked))
+    again = llm_training.make_row(words, f"{name}/seed-0", tmp_path)
+    assert [point[-1] for point in again["curve"]] == [0.125] * 3 + [
+        first["curve"][-1][-1]
+    ]  # the last alone was judged
+    assert again["rewards"] == first["rewards"]
+    resumed = load_file(tmp_path / name / "seed-0" / "checkpoint-3" / "model.safetensors")
+    assert all(torch.equal(table, resumed[key]) for key, table in end.items())
 
 
 # -- the runs of a file ------------------------------------------------------------------------------------------------
@@ -243,6 +404,14 @@ def test_the_summary_sets_ratios_beside_the_papers() -> None:
     assert len(llm_training.tables(summary)) == 3
 
 
+def test_the_interval_is_over_problems() -> None:
+    """Three of them, two responses to each, two seeds: problems' means of ¾, 0 and ¾."""
+    rewards = ([[1.0, 1.0], [0.0, 0.0], [1.0, 0.0]], [[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]])
+    low, high = bootstrap_interval([0.75, 0.0, 0.75], seed=0)
+    found = llm_training._accuracy([{"rewards": paid} for paid in rewards])
+    assert found == {"mean": 0.5, "low": low, "high": high}
+
+
 def test_without_a_method_its_ratios_are_absent() -> None:
     assert llm_training.summarise([row("tbrm-n1", 0), row("grpo-n4", 0, seconds=2.0)], 0.0)["ratios"] == {
         "step/grpo-n4": 0.5
@@ -259,10 +428,12 @@ def test_a_file_is_done_in_as_many_commands_as_one_likes(tmp_path: Path, monkeyp
         if name != "pretraining":
             return row(*_parts(name))
         (folder / name).mkdir()
-        (folder / name / "pretrained.json").write_text('{"parameters": 7, "steps": 3, "accuracy": 0.5}')
+        found = {"parameters": 7, "steps": 3, "accuracy": 0.5}
+        kept = json.dumps({"made": found, "settings": pretraining._settings(read_runs(arguments)[0].arguments)})
+        (folder / name / "pretrained.json").write_text(kept)
         return {"steps": 3}
 
-    monkeypatch.setattr(llm_training, "_in_a_process", instead)
+    monkeypatch.setattr(llm_training, "_made", instead)
     assert llm_training.main(command(tmp_path, "--only", "tbrm-n1")) == 0
     assert asked == ["pretraining", "tbrm-n1/seed-0", "tbrm-n1/seed-1", "tbrm-n1/seed-2"]
     latest = tmp_path / "llm_run" / "latest"
@@ -317,21 +488,10 @@ def test_of_two_processes_one_records(tmp_path: Path) -> None:
     assert done.stdout.count("held-out problems") == 1
 
 
-def test_a_killed_process_costs_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Broken:
-        def __init__(self, *_: Any, **__: Any) -> None: ...
-
-        def __enter__(self) -> Broken:
-            return self
-
-        def __exit__(self, *_: object) -> None: ...
-
-        def submit(self, *_: Any) -> Any:
-            raise BrokenProcessPool
-
-    monkeypatch.setattr(llm_training, "ProcessPoolExecutor", Broken)
-    with pytest.raises(InvalidInputError, match="tbrm-n1/seed-0: its process was killed"):
-        llm_training._in_a_process(command(tmp_path), "tbrm-n1/seed-0", tmp_path)
+def test_every_run_has_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llm_training, "in_a_process", lambda *asked: {"asked": asked})
+    asked = "tbrm-n1/seed-0", llm_training.make_row, command(tmp_path), "tbrm-n1/seed-0", tmp_path
+    assert llm_training._made(command(tmp_path), "tbrm-n1/seed-0", tmp_path) == {"asked": asked}
 
 
 # -- the figure --------------------------------------------------------------------------------------------------------

@@ -49,7 +49,8 @@ def responses(
 ) -> list[str]:
     """One sampled response to each prompt, text or messages, at most ``tokens`` long; ``rows`` of them at a time.
 
-    Whatever ends a response in training ends it here: every token that the model declares, and the tokenizer's.
+    They are samples of the model at ``temperature``, whatever its generation settings advise. Whatever ends a response in training
+    ends it here: every token that the model declares, and the tokenizer's.
     """
     declared = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])} - {None}
@@ -83,6 +84,7 @@ def responses(
                 temperature=temperature,
                 top_k=0,
                 top_p=1.0,
+                repetition_penalty=1.0,
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=sorted(ends),
             )
@@ -152,8 +154,6 @@ class Judge(TrainerCallback):
         self.judgements.append(found)
         if self.after is not None:
             self.after(found)
-        if hasattr(self.trainer, "timer"):
-            self.trainer.timer.lap()  # these seconds are no part of a step
         return found
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

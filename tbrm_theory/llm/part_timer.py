@@ -11,7 +11,7 @@ import torch
 __all__ = ["PARTS", "PartTimer"]
 
 PARTS = ("rollout", "reference", "old_log_probs", "update", "critic", "other")
-"""The parts of a step in the cost table of [Y] Fig. 2(b); what belongs to no other is ``other``."""
+"""The parts of a step in the cost table of [Y] Fig. 2(b); what belongs to no other, as rewards, is ``other``."""
 
 
 class PartTimer:

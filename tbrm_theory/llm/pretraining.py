@@ -28,6 +28,10 @@ from tbrm_theory.llm.tasks import Reward
 __all__ = ["Pretrained", "found_pretrained", "pretrain"]
 
 _MARK = "pretrained.json"
+_MADE_OF = (
+    *("task", "style", "difficulty", "architecture", "alphabet", "dtype"),
+    *(f"pretraining_{what}" for what in ("steps", "batch_size", "learning_rate", "problems", "accuracy")),
+)
 _JUDGED_PROBLEMS = 256
 _JUDGEMENTS = 80
 
@@ -42,10 +46,32 @@ class Pretrained:
     """At the end, on training problems."""
 
 
-def found_pretrained(folder: Path) -> Pretrained | None:
-    """What was pre-trained there and saved to its end, if anything was."""
+def found_pretrained(folder: Path, arguments: RunArguments) -> Pretrained | None:
+    """What was pre-trained there and saved to its end, if anything was.
+
+    Raises:
+        InvalidInputError: it was made with other settings than ``arguments``; the message names one.
+    """
     mark = folder / _MARK
-    return Pretrained(**json.loads(mark.read_text(encoding="utf-8"))) if mark.exists() else None
+    if not mark.exists():
+        return None
+    try:
+        kept = json.loads(mark.read_text(encoding="utf-8"))
+        made, settings = Pretrained(**kept["made"]), kept["settings"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise InvalidInputError(str(mark), "not what pre-training writes here; name a new folder") from error
+    for name, wanted in _settings(arguments).items():
+        if settings.get(name) != wanted:
+            raise InvalidInputError(
+                "pretrained",
+                f"the model in {folder} was made with {name} {settings.get(name)!r}, and {wanted!r} is asked for",
+            )
+    return made
+
+
+def _settings(arguments: RunArguments) -> dict[str, Any]:
+    """What the model is made of."""
+    return {name: getattr(arguments, name) for name in _MADE_OF}
 
 
 def pretrain(arguments: RunArguments, folder: Path, reward: Reward, *, tokens: int, training: Any) -> Pretrained:
@@ -70,7 +96,7 @@ def pretrain(arguments: RunArguments, folder: Path, reward: Reward, *, tokens: i
         made = _trained(model, tokenizer, arguments, aside / "checkpoints", reward, tokens=tokens, training=training)
     model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
-    write_json(aside / _MARK, vars(made))
+    write_json(aside / _MARK, {"made": vars(made), "settings": _settings(arguments)})
     os.replace(aside, folder)
     return made
 
@@ -103,7 +129,7 @@ def _trained(
         disable_tqdm=training.disable_tqdm,
         use_cpu=training.use_cpu,
         bf16=training.bf16,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         dataset_num_proc=None,
         seed=0,
     )

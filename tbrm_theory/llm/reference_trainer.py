@@ -144,20 +144,20 @@ class ReferenceTrainer(GRPOTrainer):
     # -- log-probabilities -------------------------------------------------------------------------------
 
     def _forward(self, model: Any, ids: Tensor, attention_mask: Tensor, steps: int) -> tuple[TokenScores, Tensor]:
-        """The scores of the last ``steps`` tokens, and their log-probabilities at the temperature that sampled."""
+        """The scores of the last ``steps`` tokens, and their log-probabilities at the temperature that sampled, a constant."""
         positions = {"position_ids": position_ids(attention_mask)} if self._takes_position_ids else {}
         with self.accelerator.autocast():
             if self.args.fused_lm_head:
                 scores = fused_token_scores(model, ids, attention_mask, steps, **positions)
-                return scores, scores.log_policy
+                return scores, scores.log_policy.detach()  # at temperature 1, for it samples at no other
             logits = model(
                 input_ids=ids, attention_mask=attention_mask, logits_to_keep=steps + 1, use_cache=False, **positions
             ).logits
         before, tokens = logits[:, -steps - 1 : -1], ids[:, -steps:]
         scores = token_scores(before, tokens, entropy=self._needs_entropy)
-        if self.temperature == 1.0 or torch.is_grad_enabled():
-            return scores, scores.log_policy
-        return scores, token_scores(before, tokens, temperature=float(self.temperature)).log_policy
+        if self.temperature == 1.0:
+            return scores, scores.log_policy.detach()
+        return scores, token_scores(before.detach(), tokens, temperature=float(self.temperature)).log_policy
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -192,6 +192,11 @@ class ReferenceTrainer(GRPOTrainer):
         return log_policy, None, None
 
     # -- generation and time -----------------------------------------------------------------------------
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Tensor]:
+        with self.timer.part("other"):  # rewards, tokens, padding; what it samples and scores has parts of its own
+            batch: dict[str, Tensor] = super()._prepare_inputs(generation_batch)
+        return batch
 
     def _generate(self, prompts: list[Any]) -> Any:
         with self.timer.part("rollout"):

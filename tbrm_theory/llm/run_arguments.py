@@ -6,6 +6,7 @@ and stand in the same YAML file beside these.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -14,11 +15,25 @@ import yaml
 from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.llm.compact_prompts import COMPACT
 
-__all__ = ["MATH", "MethodName", "RunArguments", "check_values"]
+__all__ = ["MATH", "SHARED", "MethodName", "RunArguments", "check_values"]
 
 MethodName = Literal["tbrm", "reval", "brm", "grpo", "rloo", "a2po", "ppo"]
 MATH = "math"
 """The task whose problems come from ``data``, with answers in a box."""
+SHARED = frozenset(
+    {"run", "dry_run", "results", "task", "style", "difficulty", "data", "prompt_column", "answer_column"}
+    | {"held_out_problems", "evaluation_samples", "model", "architecture", "alphabet", "dtype", "pretrained"}
+    | {f"pretraining_{what}" for what in ("steps", "batch_size", "learning_rate", "problems", "accuracy")}
+)
+"""Fields that all methods of a file have in common: they start from the same model and answer the same problems."""
+_LEAST = {
+    **dict.fromkeys(("prompts_per_step", "prompt_tokens", "processes", "train_problems"), 1),
+    **dict.fromkeys(("evaluation_samples", "evaluation_rows", "evaluation_steps"), 1),
+    **dict.fromkeys(("pretraining_batch_size", "pretraining_problems"), 1),
+    "held_out_problems": 2,  # one has no interval
+    "pretraining_steps": 0,
+    "device_gib": 0,
+}
 
 
 @dataclass
@@ -115,10 +130,11 @@ class RunArguments:
             raise InvalidInputError("data", f"belongs to the task math, not to {self.task}")
         if not self.model and not self.architecture:
             raise InvalidInputError("model", "expected `model`, `architecture` or both")
-        counts = ("prompts_per_step", "train_problems", "held_out_problems", "processes")
-        for name in (*counts, "evaluation_samples", "evaluation_rows", "evaluation_steps"):
-            if getattr(self, name) < 1:
-                raise InvalidInputError(name, f"expected at least 1, found {getattr(self, name)}")
+        if not self.model and self.style == "chat":
+            raise InvalidInputError("style", "chat needs a `model` whose tokenizer has a template for messages")
+        for name, least in _LEAST.items():
+            if getattr(self, name) < least:
+                raise InvalidInputError(name, f"expected at least {least}, found {getattr(self, name)}")
         for name in ("pretraining_accuracy", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InvalidInputError(name, f"expected a number from 0 to 1, found {getattr(self, name)}")
@@ -136,11 +152,19 @@ class RunArguments:
         return dict(self.difficulty or {})
 
 
-def check_values(values: dict[str, Any]) -> None:
-    """What a YAML file gives for a field with few values or for a mapping; the parser checks what a command line gives."""
-    for name, hint in get_type_hints(RunArguments).items():
-        if get_origin(hint) is Literal and name in values and values[name] not in get_args(hint):
-            raise InvalidInputError(name, f"expected one of {', '.join(get_args(hint))}; found {values[name]!r}")
+def check_values(values: dict[str, Any], classes: Sequence[type[Any]]) -> None:
+    """What a YAML file gives; of a command line, and of text, the parser checks the rest.
+
+    Args:
+        values: by the fields of ``classes``.
+    """
+    hints = {name: hint for made in classes for name, hint in get_type_hints(made).items()}
+    for name, value in values.items():
+        hint = hints[name]
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise InvalidInputError(name, f"expected one of {', '.join(get_args(hint))}; found {value!r}")
+        if hint in (bool, int, float, str) and not isinstance(value, bool | int | float | str):
+            raise InvalidInputError(name, f"expected {hint.__name__}, found {value!r}")
     for name in ("difficulty", "architecture"):
         _mapping(name, values.get(name))
 

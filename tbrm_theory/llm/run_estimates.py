@@ -10,7 +10,7 @@ of the completion stand beside them with their gradient, in fp32. Judging, betwe
 buffers and the libraries take is not counted.
 
 Operations: 2 for each parameter and token in a forward pass, 4 in a backward pass ([Kaplan et al. 2020], §2.1); attention over
-the sequence is left out.
+the sequence is left out, and so is what comes before and between updates: A*-PO's estimates of the value, judging.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from typing import Any, Literal
 
 from transformers import PreTrainedConfig
 
-from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.llm.launch_files import Launch
 from tbrm_theory.llm.methods import METHODS
 from tbrm_theory.llm.run_arguments import RunArguments
@@ -91,9 +90,10 @@ def layer_bytes(configuration: PreTrainedConfig, precision: Precision) -> int:
     """
     width, heads = configuration.hidden_size, configuration.num_attention_heads
     head = getattr(configuration, "head_dim", None) or width // heads
-    queries, pairs = heads * head, configuration.num_key_value_heads * head
+    queries, pairs = heads * head, _pairs(configuration) * head
     each = 4 if precision == "float32" else 2
-    multiplied = 2 * queries + 2 * pairs + 4 * configuration.intermediate_size
+    inner = getattr(configuration, "intermediate_size", None) or 4 * width  # GPT-2's
+    multiplied = 2 * queries + 2 * pairs + 4 * inner
     return _WIDTH_BYTES[precision] * width + each * multiplied + 4 * (heads + 2)
 
 
@@ -162,14 +162,17 @@ def _generation_bytes(run: Run, configuration: PreTrainedConfig, narrow: int) ->
 def _cached_bytes(configuration: PreTrainedConfig, narrow: int) -> int:
     """Keys and values of one token."""
     head = getattr(configuration, "head_dim", None) or configuration.hidden_size // configuration.num_attention_heads
-    return int(2 * configuration.num_hidden_layers * configuration.num_key_value_heads * head * narrow)
+    return int(2 * configuration.num_hidden_layers * _pairs(configuration) * head * narrow)
+
+
+def _pairs(configuration: PreTrainedConfig) -> int:
+    """Heads of keys and values: as many as of queries, where nothing else is said."""
+    return int(getattr(configuration, "num_key_value_heads", None) or configuration.num_attention_heads)
 
 
 def work_estimate(run: Run) -> Work:
     """Tokens and operations, at most."""
     arguments, training, method = run.arguments, run.training, METHODS[run.arguments.method]
-    if training.max_steps <= 0:
-        raise InvalidInputError("max_steps", "expected a positive number of updates")
     parameters = _parameters(arguments)
     group = getattr(training, "num_generations", 1)
     rollouts = arguments.prompts_per_step * group

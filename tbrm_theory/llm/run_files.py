@@ -8,6 +8,7 @@ stand in one file, and what they share is written once.
 * ``--key value`` overrides a field in every run, ``--key.inner value`` an entry of a mapping, as ``--architecture.hidden_size 64``.
 * A shared key that one method's configuration lacks (``num_generations`` of A*-PO) is left out there, and listed in ``Run.left_out``;
   a key that no method knows, or that is given under a method that lacks it, is an error.
+* What makes runs comparable (the problems, the model they start from, how they are judged: ``SHARED``) is not given under a method.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, get_type_hints
+from typing import Any, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import TrainingArguments
@@ -25,11 +27,12 @@ from trl.scripts.utils import TrlParser
 
 from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.llm.methods import METHODS, configuration_class
-from tbrm_theory.llm.run_arguments import RunArguments, check_values
+from tbrm_theory.llm.run_arguments import SHARED, RunArguments, check_values
 
 __all__ = ["Run", "read_file", "read_runs", "read_settings", "split_command_line"]
 
 Fields = dict[str, Any]
+_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 
 
 class Run(NamedTuple):
@@ -56,9 +59,7 @@ def read_runs(arguments: Sequence[str]) -> list[Run]:
     shared = read_file(line.config)
     methods, seeds = _methods(shared), _seeds(shared)
     known = {name: _fields(own.get("method", shared.get("method", "tbrm"))) for name, own in methods.items()}
-    for key in shared:
-        if not any(key in fields for fields in known.values()):
-            raise InvalidInputError(f"{line.config}: {key}", "no field of a run, nor of a trainer of this file")
+    _check_keys(line, shared, methods, known)
     for name in line.only:
         if name not in methods:
             raise InvalidInputError("--only", f"expected some of {', '.join(methods)}; found {name}")
@@ -66,10 +67,6 @@ def read_runs(arguments: Sequence[str]) -> list[Run]:
     for name, own in methods.items():
         if line.only and name not in line.only:
             continue
-        if unknown := sorted(set(own) - known[name]):
-            raise InvalidInputError(
-                f"{line.config}: methods.{name}.{unknown[0]}", "no field of a run, nor of its trainer"
-            )
         for seed in seeds:
             merged: Fields = {**copy.deepcopy(shared), **copy.deepcopy(own), "name": name}
             if seed is not None:
@@ -78,8 +75,23 @@ def read_runs(arguments: Sequence[str]) -> list[Run]:
             left_out = tuple(sorted(set(merged) - known[name]))
             given = {key: value for key, value in merged.items() if key not in left_out}
             full_name = name if seed is None else f"{name}/seed-{seed}"
-            runs.append(_run(full_name, line, given, left_out))
+            runs.append(_run(full_name, seed, line, given, left_out))
     return runs
+
+
+def _check_keys(line: CommandLine, shared: Fields, methods: dict[str, Fields], known: dict[str, set[str]]) -> None:
+    """That every key of the file, and the first name of every dotted override, is a field of what it is given to."""
+    dotted = {path.partition(".")[0]: f"--{path}" for path in line.dotted}
+    for key, where in ({key: f"{line.config}: {key}" for key in shared} | dotted).items():
+        if not any(key in fields for fields in known.values()):
+            raise InvalidInputError(where, "no field of a run, nor of a trainer of this file")
+    for name, own in methods.items():
+        for key in sorted(own):
+            where = f"{line.config}: methods.{name}.{key}"
+            if key not in known[name]:
+                raise InvalidInputError(where, "no field of a run, nor of its trainer")
+            if key in SHARED and len(methods) > 1:
+                raise InvalidInputError(where, "the methods of a file have this in common; give it once, for all")
 
 
 def split_command_line(arguments: Sequence[str]) -> CommandLine:
@@ -110,13 +122,17 @@ def split_command_line(arguments: Sequence[str]) -> CommandLine:
 
 def read_file(path: Path) -> Fields:
     """The mapping of a YAML file, read safely."""
-    return _checked_mapping(str(path), _yaml(str(path), path.read_text(encoding="utf-8")))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidInputError(str(path), f"not a UTF-8 text file: {error.reason}") from error
+    return _checked_mapping(str(path), _yaml(str(path), text))
 
 
 def _yaml(where: str, text: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that there is not
         raise InvalidInputError(where, f"not YAML: {error}") from error
 
 
@@ -128,7 +144,16 @@ def _checked_mapping(where: str, value: Any) -> Fields:
 
 def _methods(shared: Fields) -> dict[str, Fields]:
     """The runs of a file by name; a file without ``methods`` is one run, named after its method."""
-    named = _checked_mapping("methods", shared.pop("methods", {shared.get("method", "tbrm"): {}}))
+    if "methods" not in shared:
+        return {str(shared.get("method", "tbrm")): {}}
+    named = _checked_mapping("methods", shared.pop("methods"))
+    if not named:
+        raise InvalidInputError("methods", "expected at least one")
+    for name in named:
+        if not _NAME.fullmatch(name) or name == "pretraining":  # folders are called after it
+            raise InvalidInputError(
+                f"methods.{name}", "expected a name of letters, digits, _, - and dots within, other than pretraining"
+            )
     return {name: _checked_mapping(f"methods.{name}", own or {}) for name, own in named.items()}
 
 
@@ -136,11 +161,13 @@ def _seeds(shared: Fields) -> list[int | None]:
     seeds = shared.pop("seeds", [None])
     if not isinstance(seeds, list) or not seeds or not all(seed is None or type(seed) is int for seed in seeds):
         raise InvalidInputError("seeds", f"expected integers, found {seeds!r}")
+    if len(set(seeds)) < len(seeds):
+        raise InvalidInputError("seeds", f"expected each of them once, found {seeds!r}")
     return seeds
 
 
 def _fields(method: Any) -> set[str]:
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise InvalidInputError("method", f"expected one of {', '.join(METHODS)}; found {method}")
     classes = (RunArguments, configuration_class(method))
     return {field.name for made in classes for field in dataclasses.fields(made) if field.init}
@@ -171,11 +198,21 @@ def read_settings(arguments: Sequence[str], settings: type[Any]) -> Any:
     for key, value in given.items():
         if key not in known:
             raise InvalidInputError(f"{line.config}: {key}", f"expected some of {', '.join(known)}")
-        if isinstance(value, list):
-            given[key] = tuple(value)
-        elif known[key] in (Path, float) and isinstance(value, str | int):
-            given[key] = known[key](value)
+        given[key] = _converted(key, value, known[key])
     return settings(**given)
+
+
+def _converted(where: str, value: Any, kind: Any) -> Any:
+    """A value of a YAML file as the annotation of its field has it: a path, a number, text, or a tuple of them."""
+    if get_origin(kind) is tuple and isinstance(value, list):
+        return tuple(_converted(f"{where}[{i}]", entry, get_args(kind)[0]) for i, entry in enumerate(value))
+    takes: dict[Any, Any] = {int: int, float: (int, float, str), str: str, Path: str}
+    if kind not in takes or not isinstance(value, takes[kind]) or isinstance(value, bool):
+        raise InvalidInputError(where, f"expected {getattr(kind, '__name__', kind)}, found {value!r}")
+    try:
+        return kind(value)  # YAML takes 1e-6 for text
+    except ValueError as error:
+        raise InvalidInputError(where, f"expected {kind.__name__}, found {value!r}") from error
 
 
 # -- one run -------------------------------------------------------------------------------------------------
@@ -193,20 +230,31 @@ def _parser(method: str) -> TrlParser:
     return _Parser(classes, allow_abbrev=False)
 
 
-def _run(name: str, line: CommandLine, given: Fields, left_out: tuple[str, ...]) -> Run:
+def _run(name: str, seed: int | None, line: CommandLine, given: Fields, left_out: tuple[str, ...]) -> Run:
     method = given.get("method", "tbrm")
     parser = _parser(method)
     values: Fields = {"report_to": "none"}
     values |= METHODS[method].settings
     values |= given
-    check_values(values)
+    check_values(values, (RunArguments, configuration_class(method)))
     # Text is converted and checked by the type of its field; YAML takes 1e-6 for text, and 1 for no float.
     parser.set_defaults_with_config(**{key: _text(value) for key, value in values.items()})
-    arguments, training = parser.parse_args_into_dataclasses(
-        [*line.rest, *_derived(parser, line, method, name)], look_for_args_file=False
-    )
-    if arguments.method != method:
-        raise InvalidInputError("--method", "use --only with a name of the file")
+    try:
+        arguments, training = parser.parse_args_into_dataclasses(
+            [*line.rest, *_derived(parser, line, method, name)], look_for_args_file=False
+        )
+    except InvalidInputError:
+        raise
+    except ValueError as error:  # what TRL and transformers refuse
+        raise InvalidInputError(name, " ".join(str(error).split())) from error
+    if (arguments.method, arguments.name) != (method, given["name"]):
+        raise InvalidInputError(
+            "--name" if arguments.method == method else "--method", "use --only with a name of the file"
+        )
+    if seed is not None and training.seed != seed:
+        raise InvalidInputError("--seed", "the file has `seeds`, a run for each of them; change them there")
+    if training.max_steps < 1:
+        raise InvalidInputError("max_steps", f"expected a positive number of updates, found {training.max_steps}")
     return Run(name, arguments, training, left_out)
 
 
@@ -225,6 +273,10 @@ def _derived(parser: TrlParser, line: CommandLine, method: str, name: str) -> It
         raise InvalidInputError("arguments", f"{rest[0]} is no field of a run, nor of the trainer of {known.name}")
     if known.gradient_accumulation_steps != 1:
         raise InvalidInputError("gradient_accumulation_steps", "follows from prompts_per_step; leave it out")
+    sizes = ("prompts_per_step", "num_generations", "per_device_train_batch_size", "processes")
+    for size in sizes:
+        if (getattr(known, size, 1) or 0) < 1:
+            raise InvalidInputError(size, f"expected at least 1, found {getattr(known, size)}")
     rollouts = getattr(known, "num_generations", 1)
     processes = known.processes if known.dry_run else int(os.environ.get("WORLD_SIZE", "1"))
     rows, step = known.prompts_per_step * rollouts, known.per_device_train_batch_size * processes

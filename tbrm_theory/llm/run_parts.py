@@ -7,10 +7,13 @@ Code that comes with a model is never run (``trust_remote_code`` stays off).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,13 +28,27 @@ from tbrm_theory.llm.run_arguments import MATH, RunArguments
 from tbrm_theory.llm.tasks import Split, reasoning_gym_split
 from tbrm_theory.llm.tokenizer import PRINTABLE, character_tokenizer
 
-__all__ = ["build_dataset", "build_model", "build_tokenizer", "model_configuration", "parameter_count"]
+__all__ = ["build_dataset", "build_model", "build_tokenizer", "loading", "model_configuration", "parameter_count"]
+
+
+@contextmanager
+def loading(source: str | Path) -> Iterator[None]:
+    """What transformers says where there is no model, which names no file, is said of ``model``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise InvalidInputError("model", f"{source}: {' '.join(str(error).split())}") from error
 
 
 def build_tokenizer(arguments: RunArguments, start: Path | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer that comes with ``start`` or ``model``, else one token for each character of ``alphabet``."""
     if source := start or arguments.model:
-        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", trust_remote_code=False)
+        with loading(source):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                source, padding_side="left", trust_remote_code=False
+            )
         return tokenizer
     return character_tokenizer(arguments.alphabet or PRINTABLE)
 
@@ -49,8 +66,8 @@ def model_configuration(arguments: RunArguments) -> PreTrainedConfig:
         sizes = special | sizes
     try:
         made = AutoConfig.for_model(kind, **sizes)
-    except ValueError as error:
-        raise InvalidInputError("architecture", str(error).splitlines()[0]) from error
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise InvalidInputError("architecture", " ".join(str(error).split())) from error
     if unknown := sorted(key for key in sizes if key not in type(made)().to_dict()):
         raise InvalidInputError(f"architecture.{unknown[0]}", f"{kind} has no such size")
     return made
@@ -63,7 +80,8 @@ def build_model(arguments: RunArguments, *, seed: int = 0, device: str = "cpu") 
     """
     dtype = getattr(torch, arguments.dtype)
     if arguments.model and device != "meta":
-        stored: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype, trust_remote_code=False)
+        with loading(arguments.model):
+            stored: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype, trust_remote_code=False)
         return stored.to(device)
     configuration = model_configuration(arguments)
     state = torch.Generator().manual_seed(seed).get_state()
@@ -93,7 +111,7 @@ def build_dataset(arguments: RunArguments, *, seed: int = 0, train_problems: int
         )
     return reasoning_gym_split(
         arguments.task,
-        train=train_problems or arguments.train_problems,
+        train=arguments.train_problems if train_problems is None else train_problems,
         held_out=arguments.held_out_problems,
         seed=seed,
         style=arguments.style,

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
+import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,9 +15,11 @@ from statistics import fmean
 from typing import Any
 
 from datasets import disable_progress_bars, enable_progress_bars
+from safetensors import SafetensorError
 from transformers import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
+from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.json_fields import replacement
 from tbrm_theory.llm.boxed_answers import BoxedVerifier, math_reward
 from tbrm_theory.llm.judging import Judge, Judgement
@@ -24,7 +30,7 @@ from tbrm_theory.llm.pretraining import found_pretrained, pretrain
 from tbrm_theory.llm.reference_trainer import ReferenceTrainer
 from tbrm_theory.llm.run_arguments import MATH, RunArguments
 from tbrm_theory.llm.run_files import Run
-from tbrm_theory.llm.run_parts import build_dataset, build_tokenizer, parameter_count
+from tbrm_theory.llm.run_parts import build_dataset, build_tokenizer, loading, parameter_count
 from tbrm_theory.llm.tasks import Reward, reasoning_gym_reward
 from tbrm_theory.llm.timed import timed
 from tbrm_theory.llm.trainer_state import last_checkpoint
@@ -32,6 +38,8 @@ from tbrm_theory.llm.trainer_state import last_checkpoint
 __all__ = ["pretrain_run", "starts_from_nothing", "train_run"]
 
 Row = dict[str, Any]
+_NO_ROOM = 2**20
+"""Bytes; what was half written has taken the rest."""
 
 
 def starts_from_nothing(arguments: RunArguments) -> bool:
@@ -42,9 +50,9 @@ def starts_from_nothing(arguments: RunArguments) -> bool:
 def pretrain_run(run: Run, folder: Path) -> Row:
     """The model that all runs of a file start from, saved in ``folder``, or found there; what it took."""
     started = time.perf_counter()
-    if (found := found_pretrained(folder)) is not None:
+    if (found := found_pretrained(folder, run.arguments)) is not None:
         return vars(found) | {"seconds": 0.0}
-    with quiet(run), _reward(run.arguments) as reward:
+    with quiet(run), _reward(run.arguments) as reward, room_for(folder):
         made = pretrain(run.arguments, folder, reward, tokens=_tokens(run), training=run.training)
     return vars(made) | {"seconds": time.perf_counter() - started}
 
@@ -65,18 +73,20 @@ def train_run(run: Run, folder: Path, start: Path | None) -> Row:
     arguments, training = run.arguments, run.training
     memory = PeakMemory()
     training.output_dir = str(folder)
-    training.model_init_kwargs = {"dtype": arguments.dtype}  # type: ignore[attr-defined]
+    given = training.model_init_kwargs or {}  # type: ignore[attr-defined]
+    training.model_init_kwargs = given | {"dtype": arguments.dtype}  # type: ignore[attr-defined]
     split = build_dataset(arguments, seed=training.seed)
     tokenizer = build_tokenizer(arguments, start)
-    with quiet(run), _reward(arguments) as reward:
-        trainer = timed(trainer_class(arguments.method))(
-            model=str(start or arguments.model),  # it reads the model itself, for it knows what is sharded
-            reward_funcs=reward,
-            args=training,
-            train_dataset=split.train,
-            processing_class=tokenizer,
-            **_further(arguments),
-        )
+    with quiet(run), _reward(arguments) as reward, room_for(folder):
+        with loading(source := str(start or arguments.model)):
+            trainer = timed(trainer_class(arguments.method))(
+                model=source,  # it reads the model itself, for it knows what is sharded
+                reward_funcs=reward,
+                args=training,
+                train_dataset=split.train,
+                processing_class=tokenizer,
+                **_further(arguments),
+            )
         judge = Judge(
             split.held_out,
             reward,
@@ -93,6 +103,9 @@ def train_run(run: Run, folder: Path, start: Path | None) -> Row:
         own = isinstance(trainer, ReferenceTrainer)
         processes, updates = training.world_size, training.max_steps
         trainer.train(resume_from_checkpoint=last_checkpoint(folder, before=updates, processes=processes, own=own))
+    if trainer.state.global_step < updates:  # TRL drops a batch that is not full, and with no other ends without a word
+        found = f"{len(trainer.train_dataset)} problems to train on and {arguments.prompts_per_step} in an update"
+        raise InvalidInputError("train_problems", f"{found}: training ended after {trainer.state.global_step} updates")
     if not trainer.is_world_process_zero():
         return {}
     _write_lines(folder / "log.jsonl", trainer.state.log_history)
@@ -148,6 +161,18 @@ def quiet(run: Run) -> Iterator[None]:
         enable_progress_bars()
 
 
+@contextmanager
+def room_for(folder: Path) -> Iterator[None]:
+    """A full disk is said to be one: what writes weights says something of its own."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if shutil.disk_usage(place).free > _NO_ROOM:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+
+
 def _tokens(run: Run) -> int:
     return int(run.training.max_completion_length)  # type: ignore[attr-defined]
 
@@ -163,7 +188,9 @@ def _keep(folder: Path, run: Run, found: Judgement) -> None:
     """The judgement's point of the curve, and its samples; a run that goes on from a checkpoint judges some updates again."""
     path = folder / "curve.jsonl"
     kept = _read_lines(path) if path.exists() else []
-    rollouts = found.step * run.arguments.prompts_per_step * _rollouts(run)
+    # Of the `num_iterations` updates on a batch the first alone has it sampled.
+    batches = math.ceil(found.step / getattr(run.training, "num_iterations", 1))
+    rollouts = batches * run.arguments.prompts_per_step * _rollouts(run)
     point = {"step": found.step, "rollouts": rollouts, "accuracy": found.accuracy}
     _write_lines(folder / "samples.jsonl", found.samples)
     _write_lines(path, [row for row in kept if row["step"] < found.step] + [point])

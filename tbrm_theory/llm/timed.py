@@ -32,10 +32,13 @@ def timed(trainer: type[Any]) -> type[Any]:
                 return super()._generate(*args, **kwargs)
 
         def _prepare_inputs(self, *args: Any, **kwargs: Any) -> Any:
-            if hasattr(trainer, "_generate"):
+            # A*-PO has no method that generates alone.
+            with self.timer.part("other" if hasattr(trainer, "_generate") else "rollout"):
                 return super()._prepare_inputs(*args, **kwargs)
-            with self.timer.part("rollout"):  # A*-PO has no method that generates alone
-                return super()._prepare_inputs(*args, **kwargs)
+
+        def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
+            with self.timer.part("other"):
+                return super()._calculate_rewards(*args, **kwargs)
 
         def _get_sequence_logps(self, model: Any, *args: Any, **kwargs: Any) -> Any:
             with self.timer.part("reference") if model is self.ref_model else nullcontext():

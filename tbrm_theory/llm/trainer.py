@@ -182,8 +182,8 @@ class TBRMTrainer(ReferenceTrainer):
     def _compute_loss(self, model: Any, inputs: Batch) -> Tensor:
         """The loss of ``tbrm_theory.losses`` on these rows, divided by the micro-batches of an optimizer step."""
         inputs = self._with_current_reference(inputs)
-        tokens, _ = self._forward(model, *_text(inputs))
-        fields = self._fields(tokens, inputs) | self._further_scores(model, inputs)
+        tokens, sampled = self._forward(model, *_text(inputs))
+        fields = self._fields(tokens, sampled, inputs) | self._further_scores(model, inputs)
         counted = self._counted(inputs)
         actions = inputs["completion_mask"].bool() & inputs.get("tool_mask", inputs["completion_mask"]).bool()
         if bool(counted.any()):
@@ -207,11 +207,14 @@ class TBRMTrainer(ReferenceTrainer):
         """Options of the loss by name, where the registry's defaults will not do; for a subclass."""
         return {}
 
-    def _fields(self, tokens: TokenScores, inputs: Batch) -> Batch:
-        """The fields of the scores that come from the rows; data that is on-policy was sampled by the policy as it is."""
+    def _fields(self, tokens: TokenScores, sampled: Tensor, inputs: Batch) -> Batch:
+        """The fields of the scores that come from the rows; data that is on-policy was sampled by the policy as it is.
+
+        ``sampled``: its log-probabilities at the temperature that sampled.
+        """
         fields = {name: inputs[name] for name in ("trajectory_return", "log_reference", "reference_initial_value")}
         now = {
-            "behaviour_log_policy": tokens.log_policy,
+            "behaviour_log_policy": sampled,
             "frozen_initial_value": tokens.initial_value,
             "frozen_value": tokens.value,
         }
@@ -302,7 +305,8 @@ class TBRMTrainer(ReferenceTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        state = load_state(checkpoint, self.accelerator.process_index, device=self.accelerator.device)
+        here = self.accelerator
+        state = load_state(checkpoint, here.process_index, processes=here.num_processes, device=here.device)
         self._step, self._buffered_inputs, self._replaying = state.step, list(state.window), state.replaying
         self._reference_version = state.reference_version
         if self._replay is not None and state.generator is not None:

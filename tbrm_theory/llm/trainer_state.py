@@ -80,17 +80,23 @@ def save_state(state: TrainerState, folder: str | Path, process: int) -> None:
     os.replace(partial, path)
 
 
-def load_state(folder: str | Path, process: int, *, device: torch.device | str = "cpu") -> TrainerState:
+def load_state(
+    folder: str | Path, process: int, *, processes: int = 1, device: torch.device | str = "cpu"
+) -> TrainerState:
     """Reads it; the window's batches go to ``device``, the replayed rows stay on the CPU.
 
     Raises:
-        InvalidInputError: the checkpoint has no file of this process.
+        InvalidInputError: the checkpoint has no file of this process, or one of a process that there is not.
     """
-    path = _path(folder, process)
-    if not path.exists():
-        raise InvalidInputError(
-            "resume_from_checkpoint", f"{path} is missing; resume with the trainer and the processes that saved it"
-        )
+    path, beyond = _path(folder, process), _path(folder, processes)
+    for wrong, what in (
+        (not path.exists(), f"{path} is missing"),
+        (beyond.exists(), f"{beyond} belongs to no process"),
+    ):
+        if wrong:
+            raise InvalidInputError(
+                "resume_from_checkpoint", f"{what}; resume with the trainer and the processes that saved it"
+            )
     with safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()["tbrm"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dictionary)
