@@ -9,8 +9,8 @@ summary.json: `accuracy` (by method: Avg@k at the end, mean over seeds, 95 % boo
 `start_accuracy`, `seconds_per_step` (by method and part: rollout, reference, old_log_probs, update, critic, other), `step_seconds`,
 `peak_bytes`, `models_held`, `rollouts_per_step`, `ratios` (of TBRM with one rollout: `step/ppo-n1`, `step/grpo-n4`, `memory/ppo-n1`,
 beside `paper`: 0.77, 0.32, 0.67; absent where the file lacks a method), `parameters`, `pretraining_steps`, `unexpected`, `verdict`,
-`seconds` (of the command that finished). Exit status 1 if a run ends below the accuracy it began with; which method wins is
-reported and not judged.
+`seconds` (of the command that finished). Exit status 1 if the whole interval of a run's end lies below the accuracy it began with;
+which method wins is reported and not judged.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def summarise(rows: list[Row], seconds: float) -> Row:
     }
     steps = {name: sum(seconds.values()) for name, seconds in parts.items()}
     peaks = {name: max(row["peak_bytes"] for row in found) for name, found in methods.items()}
-    worse = [cell for cell, row in made.items() if row["curve"][-1][-1] < row["curve"][0][-1]]
+    worse = [cell for cell, row in made.items() if _accuracy([row])["high"] < row["curve"][0][-1]]
     return {
         "accuracy": {name: _accuracy(found) for name, found in methods.items()},
         "accuracy_by_seed": by_seed,

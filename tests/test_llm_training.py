@@ -375,7 +375,7 @@ def row(name: str, seed: int, *, last: float = 0.75, seconds: float = 1.0, peak:
         "cell": f"{name}/seed-{seed}",
         "name": name,
         "curve": [[0, 0, 0.5], [10, 320 * n, last]],
-        "rewards": [[1.0, 1.0], [1.0, 0.0]] if last == 0.75 else [[0.0, 0.0], [1.0, 0.0]],
+        "rewards": 30 * ([[1.0, 1.0], [1.0, 0.0]] if last == 0.75 else [[0.0, 0.0], [1.0, 0.0]]),
         "seconds_per_step": {"rollout": seconds / 4, "update": 3 * seconds / 4},
         "peak_bytes": peak,
         "models_held": 2,
@@ -402,6 +402,15 @@ def test_the_summary_sets_ratios_beside_the_papers() -> None:
     for key in summary:
         assert f"`{key}`" in (llm_training.__doc__ or ""), key
     assert len(llm_training.tables(summary)) == 3
+
+
+def test_a_fall_within_what_the_problems_explain_is_not_unexpected() -> None:
+    fallen = row("tbrm-n1", 0) | {"curve": [[0, 0, 0.8], [10, 320, 0.75]]}
+    interval = llm_training._accuracy([fallen])
+    assert interval["low"] < 0.75 < interval["high"] < 0.85
+    assert llm_training.summarise([fallen], 1.0)["unexpected"] == []
+    fallen["curve"][0][-1] = 0.85
+    assert llm_training.summarise([fallen], 1.0)["unexpected"] == ["tbrm-n1/seed-0: worse than at the start"]
 
 
 def test_the_interval_is_over_problems() -> None:
