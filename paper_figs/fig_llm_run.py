@@ -37,7 +37,6 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
         for name in methods:
             _curve(axis, [row for row in rows if row["name"] == name], column, colours[name])
         axis.set(xlabel=what, ylabel="share of held-out problems answered right")
-    axes[1].set_xscale("symlog", linthresh=1000)
     axes[0].legend(fontsize=8)
     _costs(axes[2], rows, methods)
     return figure

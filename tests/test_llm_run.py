@@ -113,6 +113,16 @@ def test_there_is_a_file_for_every_run_that_was_planned() -> None:
         assert {"tbrm", "grpo", "ppo"} <= methods  # the twins
 
 
+def test_the_rehearsal_in_the_file_can_be_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = CONFIGS / "reasoning_gym_gpu.yaml"
+    (command,) = re.findall(r"python .*--results(?:.*\\\n)+.*", path.read_text())
+    words = command.replace("\\\n#", "").split()
+    assert words[:2] == ["python", "experiments/llm_run.py"]
+    monkeypatch.chdir(ROOT)
+    assert llm_run.main([*words[2:], "--dry-run"]) == 0
+    assert len(read_runs([*words[2:], "--dry-run"])) == 8
+
+
 SIZES = {  # hidden, inner, layers, heads, key-value heads, vocabulary, tied; and the count that the model card prints
     "qwen2.5-math-1.5b": ((1536, 8960, 28, 12, 2, 151936, True), 1.54e9),
     "qwen2.5-math-7b": ((3584, 18944, 28, 28, 4, 152064, False), 7.62e9),

@@ -75,6 +75,17 @@ def test_every_run_starts_from_the_pre_trained_model(made: dict[str, dict[str, A
     assert (made["folder"]["path"] / "pretraining" / "model.safetensors").exists()
 
 
+def test_without_a_problem_that_is_answered_right_a2po_says_so(tmp_path: Path) -> None:
+    methods = {"tbrm": {"num_generations": 1}, "a2po": {"method": "a2po", "num_value_samples": 1}}
+    path = tmp_path / "file.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(CONFIG.read_text()) | {"methods": methods, "seeds": [0]}))
+    words = command(tmp_path, "--pretraining_steps", "0", "--train_problems", "8")
+    words[words.index(str(CONFIG))] = str(path)
+    llm_training.make_row(words, "pretraining", tmp_path)
+    with pytest.raises(InvalidInputError, match="filter_all_incorrect: no training problem was answered right"):
+        llm_training.make_row(words, "a2po/seed-0", tmp_path)
+
+
 @pytest.mark.parametrize("method", ["rloo", "a2po"])
 def test_trl_s_other_methods_train_and_their_costs_are_split(method: str, tmp_path: Path) -> None:
     file = yaml.safe_load(CONFIG.read_text())

@@ -102,7 +102,16 @@ def train_run(run: Run, folder: Path, start: Path | None) -> Row:
         trainer.remove_callback(PrinterCallback)  # the log is kept in a file
         own = isinstance(trainer, ReferenceTrainer)
         processes, updates = training.world_size, training.max_steps
-        trainer.train(resume_from_checkpoint=last_checkpoint(folder, before=updates, processes=processes, own=own))
+        checkpoint = last_checkpoint(folder, before=updates, processes=processes, own=own)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except ValueError as error:
+            if len(trainer.train_dataset):
+                raise
+            raise InvalidInputError(
+                "filter_all_incorrect",
+                "no training problem was answered right before training; expected one, or `false`",
+            ) from error
     if trainer.state.global_step < updates:  # TRL drops a batch that is not full, and with no other ends without a word
         found = f"{len(trainer.train_dataset)} problems to train on and {arguments.prompts_per_step} in an update"
         raise InvalidInputError("train_problems", f"{found}: training ended after {trainer.state.global_step} updates")
