@@ -28,19 +28,22 @@ class WatchedPPO(Watched, PPOTrainer):
 
 METHODS: dict[str, dict[str, Any]] = {
     "tbrm": {"kind": Watched},
-    # Rates at which everything moves: the critic's layers do once its head, which starts at 0, is large.
+    # Rates at which all weights move, in the critic's layers from the second step on: its head starts at 0.
     "ppo": {
         "kind": WatchedPPO,
         "loss": "ppo",
-        "learning_rate": 0.2,
-        "trainer_options": {"critic_learning_rate": 1.0},
+        "learning_rate": 0.1,
+        "trainer_options": {"critic_learning_rate": 0.02},
     },
 }
 
 
 def sometimes(prompts: list[str], completions: list[str], trainer_state: Any, **unused: Any) -> list[float | None]:
-    """No reward for the second half of the first batch (one process, or one micro-batch, has none at all), nor ever for ``bcd``."""
-    rewards: list[float | None] = list(letters(completions))
+    """No reward for the second half of the first batch (one process, or one micro-batch, has none at all), nor ever for ``bcd``.
+
+    Those of the other half are above 0, so that the critic has something to learn from them.
+    """
+    rewards: list[float | None] = [0.5 + reward for reward in letters(completions)]
     for i, prompt in enumerate(prompts):
         if prompt == "bcd" or (trainer_state.global_step == 0 and prompt in ("ci", "dddd", "g", "hab")):
             rewards[i] = None
