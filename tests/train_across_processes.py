@@ -125,7 +125,7 @@ def train_and_leave(folder: Path, method: str) -> None:
 
     # The model by its path, in mixed precision. `auto` would place it, and the reference, on all devices of the machine.
     with patch.object(grpo_trainer, "create_model_from_path", wraps=create_model_from_path) as loaded:
-        run = train(folder, checkpoint, **usual, bf16=True, reward=letters, max_steps=1)
+        run = train(folder, checkpoint, **usual, bf16=True, activation_checkpointing=True, reward=letters, max_steps=1)
     assert [call.kwargs["device_map"] for call in loaded.call_args_list] == [None, None]
     scores = run.scores[0].given()
     names = {"log_policy", "log_reference", "critic"} & set(scores)

@@ -39,9 +39,8 @@ class Critic(torch.nn.Module):
         if copied.base_model is copied:
             raise InvalidInputError("model", "expected a language model with a network below its head, for the critic")
         self.network = without_dropout(copied.base_model.train())
-        self._no_split_modules = (
-            policy._no_split_modules
-        )  # the layers that FSDP shards, where the launch file names none
+        # What FSDP gathers at a time, where the launch file names no layer.
+        self._no_split_modules = policy._no_split_modules
         width = policy.get_output_embeddings().weight.shape[1]
         self.head = torch.nn.Linear(width, 1, dtype=policy.dtype, device=policy.device)
         torch.nn.init.zeros_(self.head.weight)
@@ -91,7 +90,7 @@ class PPOTrainer(TBRMTrainer):
         self.add_callback(_ClearGradients(self.critic))
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
-        """The first place where the optimiser is prepared, which FSDP 2 does while it has the policy's parameters alone."""
+        """Where the optimiser is prepared already: for FSDP 2 it had to hold the parameters of one model until then."""
         assert self.optimizer is not None
         own = list(self.critic.parameters())
         if all(parameter is not own[0] for group in self.optimizer.param_groups for parameter in group["params"]):
