@@ -96,7 +96,7 @@ def gathers_layers_alone(model: torch.nn.Module) -> bool:
 def left(run: Watched) -> dict[str, Tensor]:
     """The weights of all models, the residuals logged, and what says how they came about."""
     models = {"policy": run.model, "reference": run.ref_model}
-    if isinstance(run, PPOTrainer):
+    if isinstance(run, WatchedPPO):
         models["critic"] = run.critic
     found = {}
     for key, model in models.items():
@@ -127,9 +127,11 @@ def train_and_leave(folder: Path, method: str) -> None:
     with patch.object(grpo_trainer, "create_model_from_path", wraps=create_model_from_path) as loaded:
         run = train(folder, checkpoint, **usual, bf16=True, activation_checkpointing=True, reward=letters, max_steps=1)
     assert [call.kwargs["device_map"] for call in loaded.call_args_list] == [None, None]
-    scores = run.scores[0].given()
-    names = {"log_policy", "log_reference", "critic"} & set(scores)
-    save_file({name: scores[name].detach() for name in names}, folder / f"mixed_{rank}.safetensors")
+    scores = {"log_policy": run.scores[0].log_policy, "log_reference": run.scores[0].log_reference}
+    if isinstance(run, WatchedPPO):
+        assert run._values is not None
+        scores["values"] = run._values
+    save_file({name: table.detach() for name, table in scores.items()}, folder / f"mixed_{rank}.safetensors")
 
 
 if __name__ == "__main__":
