@@ -101,6 +101,20 @@ def test_every_file_has_a_dry_run_offline(path: Path, capsys: pytest.CaptureFixt
     )
 
 
+def test_the_larger_ppo_run_fits_as_its_file_says() -> None:
+    words = [
+        "--config",
+        str(CONFIGS / "qwen2.5-math-7b.yaml"),
+        "--dry-run",
+        "--only",
+        "ppo-n1",
+        "--vllm_mode",
+        "server",
+    ]
+    assert llm_run.main(words) == 1  # not with all logits of the reference at once
+    assert llm_run.main([*words, "--fused_lm_head", "true"]) == 0
+
+
 def test_there_is_a_file_for_every_run_that_was_planned() -> None:
     assert {path.stem for path in FILES} >= {
         "arithmetic_cpu",
@@ -606,7 +620,8 @@ def test_launch_files_are_read_by_accelerate(tmp_path: Path) -> None:
             read_launch_file(bad)
     bad.write_text(good.replace("fsdp_reshard_after_forward: true", "fsdp_reshard_after_forward: false"))
     assert read_launch_file(bad).stage == 2
-    bad.write_text(good.replace("fsdp_version: 2", "fsdp_version: 1"))
+    first = good.replace("fsdp_version: 2", "fsdp_version: 1")
+    bad.write_text(first.replace("fsdp_reshard_after_forward: true", "fsdp_reshard_after_forward: FULL_SHARD"))
     assert read_launch_file(bad).fsdp == 1
     deep = (CONFIGS / "launch" / "deepspeed_4gpu.yaml").read_text()
     bad.write_text(deep.replace("zero3.json", "zero4.json"))

@@ -98,7 +98,7 @@ def left(run: Watched) -> dict[str, Tensor]:
     models = {"policy": run.model, "reference": run.ref_model}
     if isinstance(run, WatchedPPO):
         models["critic"] = run.critic
-    found = {}
+    found: dict[str, Tensor] = {}
     for key, model in models.items():
         weights = run.accelerator.unwrap_model(model).state_dict()
         found |= {f"{key}.{name}": whole(table) for name, table in weights.items()}
