@@ -64,9 +64,9 @@ def check_run(run: Run, launches: Sequence[Launch]) -> None:
     if not (isinstance(trainer, type) and type(training) is configuration):
         raise InvalidInputError("method", f"{arguments.method} was given a {type(training).__name__}")
     for launch in launches:
-        if METHODS[arguments.method].critic and launch.stage > 0:
+        if METHODS[arguments.method].critic and launch.stage > 0 and launch.fsdp != 2:
             raise InvalidInputError(
-                "launch", f"{arguments.method} trains two models, which FSDP and DeepSpeed do not shard: use DDP"
+                "launch", f"{arguments.method} trains two models, DeepSpeed and FSDP 1 one: use FSDP 2 or DDP"
             )
         if launch.processes != arguments.processes:
             raise InvalidInputError(
@@ -119,6 +119,7 @@ def tables(checked: Sequence[tuple[Run, Memory, Work]]) -> list[Table]:
         "logits",
         "generation",
         "judging",
+        "scoring",
     )
     memory = Table("run", *parts, "peak", title="GiB on each device (estimate)")
     work = Table(

@@ -171,8 +171,10 @@ def test_the_critic_recomputes_its_activations_if_the_settings_say_so(asked: boo
     assert any(bool(parameter.any()) for parameter in run.critic.head.parameters())
 
 
-@pytest.mark.parametrize("kind", ["fsdp", "deepspeed"])
-def test_engines_that_shard_one_model_are_refused(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kind", "named"), [("fsdp", "fsdp_version 1"), ("deepspeed", "deepspeed")])
+def test_engines_that_train_one_model_are_refused(
+    kind: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = TBRMTrainer.__init__
 
     def sharded(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -180,7 +182,7 @@ def test_engines_that_shard_one_model_are_refused(kind: str, tmp_path: Path, mon
         setattr(self, f"is_{kind}_enabled", True)
 
     monkeypatch.setattr(TBRMTrainer, "__init__", sharded)
-    with pytest.raises(InvalidInputError, match=f"^{kind}: shards one model.*DDP"):
+    with pytest.raises(InvalidInputError, match=f"^{named}: trains one model.*FSDP 2"):
         ppo(tmp_path)
 
 

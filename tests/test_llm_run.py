@@ -7,7 +7,7 @@ import re
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -89,7 +89,7 @@ def setting(run: Run, name: str) -> Any:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_file_has_a_dry_run_offline(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    large = {"qwen2.5-math-7b": ["ppo-n1"]}.get(path.stem, [])  # its two models are not sharded, and do not fit
+    large = {"qwen2.5-math-7b": ["ppo-n1"]}.get(path.stem, [])  # three models, sharded over 4 devices, do not fit
     assert llm_run.main(["--config", str(path), "--dry-run"]) == bool(large)
     printed = capsys.readouterr().out
     for name in yaml.safe_load(path.read_text())["methods"]:
@@ -97,8 +97,22 @@ def test_every_file_has_a_dry_run_offline(path: Path, capsys: pytest.CaptureFixt
     assert [line.split()[1] for line in printed.splitlines() if "too much" in line] == large
     assert all(
         re.search(rf" {found[1]} of 80: too much", printed)
-        for found in re.findall("(hold) ([0-9]+) GiB", path.read_text())
+        for found in re.findall("(hold) ([0-9.]+) GiB", path.read_text())
     )
+
+
+def test_the_larger_ppo_run_fits_as_its_file_says() -> None:
+    words = [
+        "--config",
+        str(CONFIGS / "qwen2.5-math-7b.yaml"),
+        "--dry-run",
+        "--only",
+        "ppo-n1",
+        "--vllm_mode",
+        "server",
+    ]
+    assert llm_run.main(words) == 1  # not with all logits of the reference at once
+    assert llm_run.main([*words, "--fused_lm_head", "true"]) == 0
 
 
 def test_there_is_a_file_for_every_run_that_was_planned() -> None:
@@ -170,7 +184,7 @@ def test_the_paper_s_settings_stand_in_the_files(name: str) -> None:
     assert (setting(grpo, "epsilon"), LOSSES["ppo"].options["clip"]) == (0.2, 0.2)
     assert not setting(grpo, "vllm_importance_sampling_correction")
     assert (ppo.arguments.critic_learning_rate, ppo.arguments.entropy_coefficient) == (1e-5, 0.001)
-    assert [Path(path).stem for path in ppo.arguments.launch] == ["ddp_4gpu"]
+    assert [Path(path).stem for path in ppo.arguments.launch] == ["fsdp_4gpu"]
     assert (setting(reval, "replay_capacity"), setting(reval, "num_iterations")) == (5120, 2)
     assert setting(reval, "reference_reset_steps") == 200
     assert setting(reval, "group_mean_reward")
@@ -339,12 +353,9 @@ REFUSED_BY_THE_DRY_RUN: list[tuple[dict[str, Any], str]] = [
         {"launch": ["experiments/configs/launch/fsdp_4gpu.yaml"], "processes": 4, "per_device_train_batch_size": 2},
         "^launch: mixed precision bf16, but bf16 is False",
     ),
-    *(
-        (
-            {"method": "ppo", "launch": [f"experiments/configs/launch/{kind}_4gpu.yaml"]},
-            "^launch: ppo trains two models",
-        )
-        for kind in ("fsdp", "deepspeed")
+    (
+        {"method": "ppo", "launch": ["experiments/configs/launch/deepspeed_4gpu.yaml"]},
+        "^launch: ppo trains two models",
     ),
 ]
 
@@ -574,6 +585,19 @@ def test_sharding_divides_what_it_shards(tmp_path: Path) -> None:
     assert (everything.weights * 2, everything.critic * 2) == (whole.weights, whole.critic)
     assert everything.gathered > 0 == whole.gathered
     assert whole.critic == whole.weights + whole.gradients + whole.optimiser
+    (one_model,) = runs_of(tmp_path, method="tbrm")
+    assert everything.gathered == 2 * memory_estimate(one_model, Launch(2, 3, "no")).gathered
+
+
+def test_a_reference_under_fsdp_2_is_gathered_whole(tmp_path: Path) -> None:
+    (run,) = runs_of(tmp_path)
+    of_a_layer, whole = (memory_estimate(run, Launch(2, 3, "no", fsdp)) for fsdp in (0, 2))
+    read = setting(run, "per_device_train_batch_size") * 4 * model_configuration(run.arguments).vocab_size
+    assert (of_a_layer.scoring, whole.scoring) == (0, memory_estimate(run).weights + read * (4 + 4))
+    large = replace(whole, scoring=10**9)
+    assert large.peak == 10**9 + sum(
+        getattr(whole, part) for part in ("weights", "gradients", "optimiser", "reference")
+    )
 
 
 def test_work_is_counted_at_most(tmp_path: Path) -> None:
@@ -591,9 +615,9 @@ def test_work_is_counted_at_most(tmp_path: Path) -> None:
 
 
 def test_launch_files_are_read_by_accelerate(tmp_path: Path) -> None:
-    for name, stage in (("fsdp_4gpu", 3), ("deepspeed_4gpu", 3), ("ddp_4gpu", 0)):
+    for name, stage, fsdp in (("fsdp_4gpu", 3, 2), ("deepspeed_4gpu", 3, 0), ("ddp_4gpu", 0, 0)):
         path = CONFIGS / "launch" / f"{name}.yaml"
-        assert read_launch_file(path) == Launch(processes=4, stage=stage, mixed_precision="bf16")
+        assert read_launch_file(path) == Launch(processes=4, stage=stage, mixed_precision="bf16", fsdp=fsdp)
     bad = tmp_path / "bad.yaml"
     good = (CONFIGS / "launch" / "fsdp_4gpu.yaml").read_text()
     for old, new, message in (
@@ -606,6 +630,9 @@ def test_launch_files_are_read_by_accelerate(tmp_path: Path) -> None:
             read_launch_file(bad)
     bad.write_text(good.replace("fsdp_reshard_after_forward: true", "fsdp_reshard_after_forward: false"))
     assert read_launch_file(bad).stage == 2
+    first = good.replace("fsdp_version: 2", "fsdp_version: 1")
+    bad.write_text(first.replace("fsdp_reshard_after_forward: true", "fsdp_reshard_after_forward: FULL_SHARD"))
+    assert read_launch_file(bad).fsdp == 1
     deep = (CONFIGS / "launch" / "deepspeed_4gpu.yaml").read_text()
     bad.write_text(deep.replace("zero3.json", "zero4.json"))
     with pytest.raises(InvalidInputError, match="accelerate refuses deepspeed_config"):

@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.tiny_language_models import language_model, language_model_test, own_randomness  # noqa: F401
-from tests.train_across_processes import left, train
+from tests.train_across_processes import METHODS, left, train
 
 pytestmark = [*language_model_test, pytest.mark.slow]
 
@@ -21,22 +21,27 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """What three steps of 8 rows at once leave."""
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
+    """What three steps of 8 rows at once leave, by method."""
     state = torch.random.get_rng_state()
-    run = train(tmp_path_factory.mktemp("whole"), per_device_train_batch_size=8)
+    runs = {name: train(tmp_path_factory.mktemp(name), method=name, per_device_train_batch_size=8) for name in METHODS}
     torch.random.set_rng_state(state)
-    return left(run)
+    return {name: left(run) for name, run in runs.items()}
 
 
-def test_8x1_is_4x2_is_2x4(whole: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    moved = max((whole[name] - table).abs().max().item() for name, table in language_model().state_dict().items())
-    assert moved > 0.01
+@pytest.mark.parametrize("method", METHODS)
+def test_8x1_is_4x2_is_2x4(method: str, whole: dict[str, dict[str, torch.Tensor]], tmp_path: Path) -> None:
+    expected = {name: table for name, table in whole[method].items() if name.startswith(("policy.", "critic."))}
+    start = {f"policy.{name}": table for name, table in language_model().state_dict().items()}
+    start |= {f"critic.network.{name}": table for name, table in language_model().model.state_dict().items()}
+    moved = {name: (table - start.get(name, 0)).abs().max().item() for name, table in expected.items()}
+    assert max(moved.values()) > 0.01
+    assert all(far > 1e-3 for name, far in moved.items() if name.startswith("critic."))
     for rows, steps in ((4, 2), (2, 4)):
-        run = train(tmp_path, per_device_train_batch_size=rows, gradient_accumulation_steps=steps)
+        run = train(tmp_path, method=method, per_device_train_batch_size=rows, gradient_accumulation_steps=steps)
         assert len(run.inputs) == 3 * steps
-        for name, table in run.model.state_dict().items():
-            torch.testing.assert_close(table, whole[name], rtol=0, atol=2e-6)
+        found = left(run)
+        torch.testing.assert_close({name: found[name] for name in expected}, expected, rtol=0, atol=2e-6)
 
 
 def launch_options(kind: str, folder: Path) -> tuple[list[str], dict[str, str]]:
@@ -46,7 +51,7 @@ def launch_options(kind: str, folder: Path) -> tuple[list[str], dict[str, str]]:
         return ["--multi_gpu", "--num_processes", "2"], {"ACCELERATE_USE_CPU": "true"}
     options = yaml.safe_load((ROOT / "experiments/configs/launch/fsdp_4gpu.yaml").read_text())
     options |= {"num_processes": 2, "mixed_precision": "no"}
-    options["fsdp_config"]["fsdp_transformer_layer_cls_to_wrap"] = "LlamaDecoderLayer"
+    del options["fsdp_config"]["fsdp_transformer_layer_cls_to_wrap"]  # the model says which
     file = folder / "launch.yaml"
     file.write_text(yaml.safe_dump(options))
     return ["--config_file", str(file)], {"ACCELERATE_TORCH_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
@@ -55,9 +60,9 @@ def launch_options(kind: str, folder: Path) -> tuple[list[str], dict[str, str]]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "share"), [("ddp", 1.0), ("fsdp", 0.5)])
 def test_two_processes_of_4_are_one_of_8(
-    whole: dict[str, torch.Tensor], tmp_path: Path, kind: str, share: float
+    whole: dict[str, dict[str, torch.Tensor]], tmp_path: Path, kind: str, share: float
 ) -> None:
-    """Replicated (DDP) or sharded (FSDP 2), in one go or resumed after the first step.
+    """Replicated (DDP) or sharded (FSDP 2), in one go or resumed after the first step, with one model that trains or two.
 
     Also trap 5: the start's logits come through the wrapper; and trap 9: one process has no reward at all.
     """
@@ -67,13 +72,18 @@ def test_two_processes_of_4_are_one_of_8(
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    for name, rows in (("whole", [4, 4, 4]), ("resumed", [4, 4])):
-        first, second = (load_file(tmp_path / f"{name}_{i}.safetensors") for i in range(2))
-        torch.testing.assert_close(first, second, rtol=0, atol=0)
-        told = {"processes": torch.tensor(2), "rows": torch.tensor(rows), "held here": torch.tensor([share, share])}
-        torch.testing.assert_close(first, whole | told, rtol=0, atol=5e-6)
-    for i in range(2):  # in mixed precision log-probabilities are not rounded, and the reference starts as the policy
-        mixed = load_file(tmp_path / f"mixed_{i}.safetensors")
-        assert mixed["log_policy"].dtype == torch.float32
-        assert bool((mixed["log_policy"] != mixed["log_policy"].bfloat16()).any())
-        torch.testing.assert_close(mixed["log_policy"], mixed["log_reference"], rtol=0, atol=5e-6)
+    for method, expected in whole.items():
+        for name, rows in (("whole", [4, 4, 4]), ("resumed", [4, 4])):
+            first, second = (load_file(tmp_path / method / f"{name}_{i}.safetensors") for i in range(2))
+            torch.testing.assert_close(first, second, rtol=0, atol=0)
+            told = {"processes": torch.tensor(2), "rows": torch.tensor(rows)}
+            told["held here"] = torch.full_like(expected["held here"], share)
+            told["layers alone"] = torch.tensor([kind == "fsdp", False, kind == "fsdp"])[: len(expected["held here"])]
+            torch.testing.assert_close(first, expected | told, rtol=0, atol=5e-6)
+        for i in range(
+            2
+        ):  # in mixed precision log-probabilities are not rounded, and the reference starts as the policy
+            mixed = load_file(tmp_path / method / f"mixed_{i}.safetensors")
+            assert all(table.dtype == torch.float32 for table in mixed.values())
+            assert bool((mixed["log_policy"] != mixed["log_policy"].bfloat16()).any())
+            torch.testing.assert_close(mixed["log_policy"], mixed["log_reference"], rtol=0, atol=5e-6)

@@ -3,17 +3,21 @@
 The critic is the policy's own network without its head, as it was before training, and a linear map to one number that starts
 at 0. Its output is a value in reward units, so that it need not grow with 1/β; the loss gets it in units of β.
 
-It has its own learning rate and is not part of the policy's gradient clipping.
+It has its own learning rate and is not part of the policy's gradient clipping. Under FSDP 2 it is sharded as the policy is.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import PreTrainedModel, TrainerCallback
 
 from tbrm_theory.errors import InvalidInputError
@@ -35,6 +39,8 @@ class Critic(torch.nn.Module):
         if copied.base_model is copied:
             raise InvalidInputError("model", "expected a language model with a network below its head, for the critic")
         self.network = without_dropout(copied.base_model.train())
+        # What FSDP gathers at a time, where the launch file names no layer.
+        self._no_split_modules = policy._no_split_modules
         width = policy.get_output_embeddings().weight.shape[1]
         self.head = torch.nn.Linear(width, 1, dtype=policy.dtype, device=policy.device)
         torch.nn.init.zeros_(self.head.weight)
@@ -63,10 +69,10 @@ class PPOTrainer(TBRMTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            kind = "deepspeed" if self.is_deepspeed_enabled else "fsdp"
+        if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2):
+            kind = "deepspeed" if self.is_deepspeed_enabled else "fsdp_version 1"
             raise InvalidInputError(
-                kind, "shards one model, and PPO trains two, policy and critic: launch it under DDP"
+                kind, "trains one model, and PPO has two, policy and critic: launch it under FSDP 2 or DDP"
             )
         if not critic_learning_rate > 0:
             raise InvalidInputError("critic_learning_rate", f"expected a positive number, found {critic_learning_rate}")
@@ -75,18 +81,22 @@ class PPOTrainer(TBRMTrainer):
         critic: Any = Critic(base_model(self.model))
         if self.args.activation_checkpointing:  # in the policy transformers does it, when training begins
             critic.network.activation_checkpointing_enable(self.args.activation_checkpointing_kwargs)
-        self.critic: Any = self.accelerator.prepare_model(critic)
+        if self.accelerator.is_fsdp2:  # for which accelerate's `prepare` takes no second model
+            self.critic: Any = fsdp2_prepare_model(self.accelerator, critic)
+        else:
+            self.critic = self.accelerator.prepare_model(critic)
         self._values: Tensor | None = None
         self._values_given: Tensor | None = None
         self.add_callback(_ClearGradients(self.critic))
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        created = self.optimizer is None
-        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
-        if created:
-            group = {"params": list(self.critic.parameters()), "lr": self._critic_learning_rate, "weight_decay": 0.0}
-            optimizer.add_param_group(group)
-        return optimizer
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """Where the optimiser is prepared already: for FSDP 2 it had to hold the parameters of one model until then."""
+        assert self.optimizer is not None
+        own = list(self.critic.parameters())
+        if all(parameter is not own[0] for group in self.optimizer.param_groups for parameter in group["params"]):
+            group = {"params": own, "lr": self._critic_learning_rate, "weight_decay": 0.0}
+            self.optimizer.add_param_group(group)
+        return super().create_scheduler(*args, **kwargs)
 
     def _loss_options(self) -> dict[str, Any]:
         return self._options
@@ -113,10 +123,33 @@ class PPOTrainer(TBRMTrainer):
         if self.accelerator.is_main_process:
             save_file({name: table.contiguous().clone() for name, table in weights.items()}, folder / _WEIGHTS)
 
+    @contextmanager
+    def _critic_in_model(self) -> Iterator[None]:
+        """FSDP saves and loads an optimiser's state by the names that its parameters have in one model."""
+        self.model.critic = _Unsaved([self.critic])
+        try:
+            yield
+        finally:
+            del self.model.critic
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with self._critic_in_model():
+            super()._save_optimizer_and_scheduler(output_dir)
+
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with self._critic_in_model():
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self.accelerator.unwrap_model(self.critic).load_state_dict(load_file(Path(checkpoint) / _WEIGHTS))
+            critic = self.accelerator.unwrap_model(self.critic)
+            weights: dict[str, Any] = load_file(Path(checkpoint) / _WEIGHTS)
+            set_model_state_dict(critic, weights, options=StateDictOptions(full_state_dict=True))
+
+
+class _Unsaved(torch.nn.ModuleList):
+    """Modules whose parameters have names in the model that they are put in, and no place in its weights."""
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return kwargs["destination"]
 
 
 class _ClearGradients(TrainerCallback):

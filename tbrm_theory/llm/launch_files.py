@@ -18,11 +18,15 @@ __all__ = ["Launch", "read_launch_file"]
 
 
 class Launch(NamedTuple):
-    """``stage`` as in ZeRO: 0 nothing is sharded, 2 gradients and optimiser, 3 weights too."""
+    """``stage`` as in ZeRO: 0 nothing is sharded, 2 gradients and optimiser, 3 weights too.
+
+    ``fsdp``: the version of FSDP, 0 where it is not what shards.
+    """
 
     processes: int
     stage: int
     mixed_precision: str
+    fsdp: int = 0
 
 
 def read_launch_file(path: str | Path) -> Launch:
@@ -32,7 +36,9 @@ def read_launch_file(path: str | Path) -> Launch:
     except (ValueError, TypeError) as error:
         raise InvalidInputError(str(path), str(error)) from error
     kind = str(getattr(found.distributed_type, "value", found.distributed_type))
-    return Launch(int(found.num_processes), _stage(str(path), kind, found), str(found.mixed_precision))
+    stage = _stage(str(path), kind, found)
+    fsdp = int(found.fsdp_config.get("fsdp_version", 1)) if kind == "FSDP" else 0
+    return Launch(int(found.num_processes), stage, str(found.mixed_precision), fsdp)
 
 
 def _stage(path: str, kind: str, found: Any) -> int:

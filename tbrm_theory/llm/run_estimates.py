@@ -2,7 +2,8 @@
 
 Memory (``P`` parameters, each of ``w`` bytes): weights ``P·w``, gradients ``P·w``, AdamW's two moments ``2·P·w``, the frozen
 reference ``P·w``, PPO's critic as much as the policy with its gradients and moments. Fully sharded (FSDP, ZeRO-3), each device
-holds its share of all of that, and gathers one layer at a time; ZeRO-2 shards gradients and moments alone.
+holds its share of all of that, and gathers one layer at a time, but a reference whole under FSDP 2; ZeRO-2 shards gradients and
+moments alone.
 
 Activations are counted for a decoder with gated feed-forward layers, whose attention matrix is not stored: for each token and
 layer what :func:`layer_bytes` says; with activation checkpointing the input of every layer, and one layer in full. The logits
@@ -53,15 +54,19 @@ class Memory:
     """Keys and values of the responses being sampled, or what vLLM claims on the same device."""
     judging: int
     """Keys and values of the responses that are judged at once; never with vLLM."""
+    scoring: int
+    """Under FSDP 2, where TRL shards the reference as one unit: all of it while it scores what was sampled, and its logits."""
     generation_stays: bool
     """Whether vLLM keeps its claim during an update (no sleep mode)."""
 
     @property
     def peak(self) -> int:
-        """What lies there always, and the largest of an update, of sampling and of judging; vLLM's claim beside them, if it stays."""
-        lasting = self.weights + self.gradients + self.optimiser + self.reference + self.critic + self.gathered
-        update = max(self.activations + self.logits, self.judging)
-        return lasting + (update + self.generation if self.generation_stays else max(update, self.generation))
+        """What lies there always, and the largest of an update, sampling, scoring and judging; with vLLM's claim, if it stays."""
+        lasting = self.weights + self.gradients + self.optimiser + self.reference + self.critic
+        update = max(self.gathered + max(self.activations + self.logits, self.judging), self.scoring)
+        if self.generation_stays:
+            return lasting + update + self.generation
+        return lasting + max(update, self.gathered + self.generation)
 
 
 @dataclass(frozen=True)
@@ -126,17 +131,21 @@ def memory_estimate(run: Run, launch: Launch | None = None) -> Memory:
     one_layer = layer_bytes(configuration, "bfloat16" if wide == 2 else "mixed" if training.bf16 else "float32")
     stored = narrow * layers * width + one_layer if training.activation_checkpointing else layers * one_layer
     layer = (parameters - vocabulary * width * (1 if configuration.tie_word_embeddings else 2)) // layers
+    read = 0 if getattr(training, "fused_lm_head", False) else rows * completion * vocabulary
+    gathered_whole = method.reference and stage == 3 and launch is not None and launch.fsdp == 2
     return Memory(
         weights=kept,
         gradients=trained,
         optimiser=2 * trained,
         reference=kept if method.reference else 0,
         critic=kept + 3 * trained if method.critic else 0,
-        gathered=max(layer, vocabulary * width) * narrow if stage == 3 else 0,
+        # The policy's head and the critic's embedding stay gathered until their backward passes.
+        gathered=max(layer, vocabulary * width) * narrow * (2 if method.critic else 1) if stage == 3 else 0,
         activations=tokens * stored * (2 if method.critic else 1),
-        logits=0 if getattr(training, "fused_lm_head", False) else rows * completion * vocabulary * (narrow + 4 + 4),
+        logits=read * (narrow + 4 + 4),
         generation=_generation_bytes(run, configuration, narrow),
         judging=arguments.evaluation_rows * (prompt + completion) * _cached_bytes(configuration, narrow),
+        scoring=parameters * narrow + read * (narrow + 4) if gathered_whole else 0,
         generation_stays=vllm is not None and not vllm.vllm_enable_sleep_mode,
     )
 
