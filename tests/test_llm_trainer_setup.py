@@ -309,7 +309,8 @@ KINDS = (trainer_module.TBRMTrainer, reference_trainer.ReferenceTrainer, critic.
 RELIED_ON = {
     "_buffered_inputs", "_calculate_rewards", "_compute_loss", "_generate", "_generate_and_score_completions",
     "_generate_single_turn", "_get_output_dir", "_get_per_token_logps_and_entropies", "_is_vlm", "_load_optimizer_and_scheduler",
-    "_metrics", "_name", "_paper", "_prepare_inputs", "_save_checkpoint", "_step", "_tag_names", "_tokenizer",
+    "_metrics", "_name", "_paper", "_prepare_inputs", "_save_checkpoint", "_save_optimizer_and_scheduler", "_step", "_tag_names",
+    "_tokenizer",
 }  # fmt: skip
 """What the trainers touch inside TRL's (and transformers') trainer."""
 
