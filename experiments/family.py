@@ -21,8 +21,8 @@ end no better than the reference policy), `same_as` (which methods are one, and 
 `unexpected`, `verdict`, `seconds`.
 
 Exit status 1 if methods that are one give different curves or were not compared, if a loss consumes other scores than it declares,
-or if a tuned method ends no better than the reference policy, of those that must: DAPO has no KL penalty, and by the one-step losses
-news of a rare reward goes back one step for each update that sees it.
+or if a tuned method ends no better than the reference policy. DAPO is excepted, which has no KL penalty; and, on the lake, where a
+reward is rare, the one-step losses, by which news of it goes back one step for each update that sees it.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ SAME: dict[str, tuple[str, Callable[[float], float]]] = {
 }
 """Methods that are another one, and the factor between their gradients: I5; `V_ref = 0` at this start; both train an offset of their
 own; (β/2)∇VarGrad; I10."""
-NO_PROMISE = ("dapo", "brm", "sql-one-step", "sql-one-step-q", "pcl-one-step")
-"""Methods that may end no better than the reference policy."""
+ONE_STEP = ("brm", "sql-one-step", "sql-one-step-q", "pcl-one-step")
+"""Losses by which news of a reward goes back one step for each update that sees it; on the lake such updates are rare."""
 SAME_CURVES = 1e-6
 QUARTERS_LEAST = 4  # runs for an interquartile mean
 
@@ -282,7 +282,7 @@ def summarise(rows: list[dict[str, Any]], config: Config, seconds: float) -> dic
     bad += [f"{row['cell']}: nothing moved" for row in same if not row["moved"] > SAME_CURVES]
     bad += [f"{name}: consumes other scores than it declares" for name in by_cell["consumption"]["undeclared"]]
     no_better = [row for row in runs if row["share"][-1] >= 1]
-    bad += [f"{row['cell']}: no better than the reference" for row in no_better if row["method"] not in NO_PROMISE]
+    bad += [f"{row['cell']}: no better than the reference" for row in no_better if must_learn(row)]
 
     def table(value: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
         nested: dict[str, Any] = {}
@@ -309,6 +309,11 @@ def summarise(rows: list[dict[str, Any]], config: Config, seconds: float) -> dic
         "verdict": "as predicted" if not bad else "NOT as predicted",
         "seconds": round(seconds, 1),
     }
+
+
+def must_learn(row: dict[str, Any]) -> bool:
+    """Whether a tuned method is predicted to end better than the reference policy; DAPO has no KL penalty."""
+    return row["method"] != "dapo" and not (row["problem"] == "frozen-lake" and row["method"] in ONE_STEP)
 
 
 def overall(runs: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:

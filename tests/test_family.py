@@ -278,6 +278,28 @@ def test_other_results_are_unexpected(prefix: str, change: dict[str, Any], what:
     assert family.summarise(rows, SMALL, 0.0)["unexpected"] == [what]
 
 
+@pytest.mark.parametrize(
+    ("problem", "method", "promised"),
+    [
+        ("merged-dag", "brm", True),
+        ("frozen-lake", "brm", False),
+        ("frozen-lake", "tbrm", True),
+        ("frozen-lake", "sql-multi-step", True),
+        ("merged-dag", "dapo", False),
+    ],
+)
+def test_who_must_end_better_than_the_reference(problem: str, method: str, promised: bool) -> None:
+    assert family.must_learn({"problem": problem, "method": method}) is promised
+
+
+def test_who_ends_no_better_is_listed(run: Path) -> None:
+    change = {"share": [1.0, 1.2], "method": "dapo"}
+    cell = "tuned/merged-dag/4/vargrad"
+    rows = [row | change if row["cell"] == cell else row for row in rows_of(run)]
+    summary = family.summarise(rows, SMALL, 0.0)
+    assert (summary["no_better"], summary["unexpected"]) == (["merged-dag/4/vargrad"], [])
+
+
 def test_a_comparison_that_was_not_run_is_unexpected(run: Path) -> None:
     rows = [row for row in rows_of(run) if row["cell"] != "same/merged-dag/4/rloo"]
     assert family.summarise(rows, SMALL, 0.0)["unexpected"] == ["same/merged-dag/4/rloo: not run"]
