@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from tbrm_theory.errors import InvalidInputError
-from tbrm_theory.llm import pretraining, run_training
+from tbrm_theory.llm import part_timer, pretraining, run_training
 from tbrm_theory.llm.judging import Judge, Judgement, responses
 from tbrm_theory.llm.part_timer import PARTS
 from tbrm_theory.llm.peak_memory import PeakMemory
@@ -134,10 +133,12 @@ def test_the_cost_of_a_step_is_split_by_what_the_method_does(
 def test_paying_is_no_part_of_sampling_nor_of_the_update(
     name: str, made: dict[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    now = [0.0]  # a clock that only paying moves on
+
     @contextmanager
     def slow(_: Any) -> Iterator[Any]:
         def reward(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-            time.sleep(0.5)
+            now[0] += 100.0
             return [1.0] * len(completions)
 
         yield reward
@@ -153,6 +154,7 @@ def test_paying_is_no_part_of_sampling_nor_of_the_update(
         def bytes(self) -> int:
             return 7
 
+    monkeypatch.setattr(part_timer, "_now", lambda: now[0])
     monkeypatch.setattr(run_training, "_reward", slow)
     monkeypatch.setattr(run_training, "PeakMemory", Memory)
     file = yaml.safe_load(CONFIG.read_text())
@@ -165,9 +167,8 @@ def test_paying_is_no_part_of_sampling_nor_of_the_update(
     found = run_training.train_run(run, tmp_path, made["folder"]["path"] / "pretraining")
     assert [point[0] for point in found["curve"]] == [0, 1]  # judged at the end, whatever the interval
     assert (found["peak_bytes"], Memory.beside_it) == (7, 2)
-    seconds = found["seconds_per_step"]
-    assert 0.5 <= seconds["other"] < 1.0  # what was judged before it is no part of a step
-    assert sum(seconds.values()) < seconds["other"] + 0.5
+    # What was judged before it is no part of a step.
+    assert found["seconds_per_step"] == dict.fromkeys(PARTS, 0.0) | {"other": 100.0}
 
 
 # -- judging -----------------------------------------------------------------------------------------------------------
