@@ -261,7 +261,9 @@ def _replace(state: _State, record: dict[str, Any], tensors: dict[str, Tensor]) 
     with torch.no_grad():
         state.theta.copy_(tensors["theta"])
     moments = {name.removeprefix("adam."): value for name, value in tensors.items() if name.startswith("adam.")}
-    if moments:
+    if moments:  # Adam counts its steps on the CPU, wherever the parameters are
+        place = state.theta.device
+        moments = {name: value if name == "step" else value.to(place) for name, value in moments.items()}
         state.optimiser.state[state.theta] = moments
     state.generator.set_state(tensors["generator"])
     if state.buffer is not None:

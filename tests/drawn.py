@@ -105,7 +105,7 @@ def parametrisation(sort: str, mdp: RegularizedMDP) -> Parametrisation:
     """A small one: ``tabular``, ``linear`` or ``network``, the same at every call."""
 
     def generator() -> torch.Generator:
-        return torch.Generator().manual_seed(0)
+        return torch.Generator(mdp.initial.device).manual_seed(0)
 
     match sort:
         case "tabular":
