@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -22,10 +23,12 @@ from safetensors.torch import load_file
 from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.llm import part_timer, pretraining, run_training
 from tbrm_theory.llm.judging import Judge, Judgement, responses
+from tbrm_theory.llm.methods import trainer_class
 from tbrm_theory.llm.part_timer import PARTS
 from tbrm_theory.llm.peak_memory import PeakMemory
 from tbrm_theory.llm.run_files import read_runs
 from tbrm_theory.llm.run_parts import build_dataset, build_model
+from tbrm_theory.llm.timed import timed
 from tbrm_theory.statistics import bootstrap_interval
 from tests.tiny_language_models import language_model, language_model_test, own_randomness, tokenizer  # noqa: F401
 
@@ -83,6 +86,12 @@ def test_without_a_problem_that_is_answered_right_a2po_says_so(tmp_path: Path) -
     llm_training.make_row(words, "pretraining", tmp_path)
     with pytest.raises(InvalidInputError, match="filter_all_incorrect: no training problem was answered right"):
         llm_training.make_row(words, "a2po/seed-0", tmp_path)
+
+
+def test_a_trainer_of_trl_s_is_not_pickled_with_its_models() -> None:
+    trainer = timed(trainer_class("a2po"))
+    with pytest.raises(TypeError, match="a trainer is not pickled"):
+        pickle.dumps(trainer.__new__(trainer))
 
 
 @pytest.mark.parametrize("method", ["rloo", "a2po"])
@@ -158,7 +167,7 @@ def test_paying_is_no_part_of_sampling_nor_of_the_update(
     monkeypatch.setattr(run_training, "_reward", slow)
     monkeypatch.setattr(run_training, "PeakMemory", Memory)
     file = yaml.safe_load(CONFIG.read_text())
-    own = file["methods"].get(name, {"method": "a2po", "num_value_samples": 1})
+    own = file["methods"].get(name, {"method": "a2po", "num_value_samples": 1, "filter_all_incorrect": False})
     path = tmp_path / "file.yaml"
     path.write_text(yaml.safe_dump(file | {"methods": {name: own, "another": {"method": "tbrm"}}, "seeds": [0]}))
     words = command(tmp_path, "--train_problems", "8", "--evaluation_steps", "9", "--max_steps", "1")

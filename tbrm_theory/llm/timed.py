@@ -27,6 +27,13 @@ def timed(trainer: type[Any]) -> type[Any]:
             super().__init__(*args, **kwargs)
             self.add_callback(StepSeconds(self.timer, self._metrics["train"]))
 
+        def __getstate__(self) -> Any:
+            """Refused: ``datasets`` names what A*-PO keeps of its data after everything that the filter knows, the trainer too.
+
+            Both models would be pickled for it. Where that fails, the name is a random one.
+            """
+            raise TypeError("a trainer is not pickled: it holds its models")
+
         def _generate(self, *args: Any, **kwargs: Any) -> Any:
             with self.timer.part("rollout"):
                 return super()._generate(*args, **kwargs)
