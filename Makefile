@@ -48,7 +48,7 @@ test: venv  ## lint, types, and the whole test suite with its coverage
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term --cov-fail-under=95
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --cov --cov-report=term --cov-fail-under=95
 
 figures: venv  ## redraw every figure from the committed tables, running nothing
 	@set -e; for figure in paper_figs/fig_*.py; do $(RUN) "$$figure"; done

@@ -6,11 +6,16 @@ fails one that does not. ``HYPOTHESIS_PROFILE=thorough`` searches longer, and di
 
 from __future__ import annotations
 
+import functools
+import gc
+import inspect
 import os
 import random
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import hypothesis
 import jaxtyping
@@ -38,7 +43,32 @@ try:
 finally:
     random.getrandbits = _global_getrandbits
 
-# From here on every function and dataclass of the package checks arguments and results against its annotations.
+# From here on every function and dataclass of the package checks arguments and results against its annotations, in its first calls of
+# each test. To check all would take two thirds of the suite's time, and a wrong shape seldom waits.
+_CHECKED_CALLS = 3
+_calls: Counter[int] = Counter()
+_always_checked = jaxtyping.jaxtyped
+
+
+def _checked_at_first(function: Any = None, **options: Any) -> Any:
+    """What the import hook decorates with, in place of ``jaxtyping.jaxtyped``."""
+    if function is None:
+        return functools.partial(_checked_at_first, **options)
+    if not inspect.isfunction(function):  # a class, a property and the like, whose functions come here by themselves
+        return _always_checked(function, **options)
+    # Only when it is called: this is dear, and functions in functions are made again and again.
+    checked = functools.cache(lambda: _always_checked(function, **options))
+    key = id(function.__code__)
+
+    @functools.wraps(function)
+    def maybe_checked(*args: Any, **kwargs: Any) -> Any:
+        _calls[key] += 1
+        return (checked() if _calls[key] <= _CHECKED_CALLS else function)(*args, **kwargs)
+
+    return maybe_checked
+
+
+jaxtyping.jaxtyped = jaxtyping._decorator.jaxtyped = _checked_at_first
 jaxtyping.install_import_hook("tbrm_theory", "beartype.beartype")
 
 # Time says nothing on a machine that others use: no deadline, and no complaint about slow generation.
@@ -52,10 +82,35 @@ hypothesis.settings.register_profile("thorough", max_examples=2000, derandomize=
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Measuring coverage doubles the time of a test, so slow ones go without: the others reach what is asked for."""
-    if item.get_closest_marker("slow"):
-        item.add_marker(pytest.mark.no_cover)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with the most slow tests come first, so that no worker is left with one at the end."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays; to look through all of it for garbage again and again takes a sixth of the time."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Measuring coverage doubles the time of a test, so slow ones, their fixtures and their processes go without.
+
+    The others reach what is asked. pytest-cov's own ``no_cover`` knows nothing of the second measurement that coverage starts in every
+    process of a measured one, pytest-xdist's workers included.
+    """
+    tracer = sys.gettrace()
+    if item.get_closest_marker("slow") is None or not type(tracer).__module__.startswith("coverage"):
+        return (yield)
+    with mock.patch.dict(os.environ):
+        os.environ.pop("COVERAGE_PROCESS_CONFIG", None)
+        sys.settrace(None)
+        try:
+            return (yield)
+        finally:
+            sys.settrace(tracer)
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +121,7 @@ def _global_state_untouched() -> Iterator[None]:
     torch's state is guarded here; ``test_architecture.py`` finds the other two in the package's source.
     """
     _picks.seed(0)  # a test's picks depend on the test alone, not on what ran before it
+    _calls.clear()
     dtype, gradients, threads = torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()
     torch_state = torch.random.get_rng_state()
     numpy_state, python_state = _numpy_state(), random.getstate()

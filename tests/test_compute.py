@@ -16,6 +16,8 @@ from tbrm_theory.consumption import consumed
 from tbrm_theory.errors import InvalidInputError
 from tbrm_theory.losses import LOSSES, TrajectoryScores
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
 sys.path.insert(0, str(ROOT / "paper_figs"))

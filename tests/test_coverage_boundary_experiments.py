@@ -16,6 +16,8 @@ from tbrm_theory import coverage, make
 from tbrm_theory.named_behaviours import replay
 from tbrm_theory.occupancy import occupancy
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
 sys.path.insert(0, str(ROOT / "paper_figs"))

@@ -28,8 +28,6 @@ sys.path.insert(0, str(ROOT / "experiments"))
 
 import frozen_value  # noqa: E402
 
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
-
 # An experiment as those of the project: its cells, and the class of its settings, are those of a script.
 SCRIPT = """
 import os, signal, sys, time
@@ -95,7 +93,7 @@ def started(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     """A command as a terminal starts it: leader of a group of its own, SIGINT not ignored. It is gone when the block ends."""
     process = subprocess.Popen(
         [sys.executable, *arguments],
-        env=ENVIRONMENT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

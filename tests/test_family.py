@@ -323,6 +323,7 @@ def test_settings_that_make_no_sense_are_refused(change: dict[str, Any], field: 
 # -- the figure -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_table_is_extracted_and_drawn(run: Path, tmp_path: Path) -> None:
     fig_family.main(Options(results=run, data=tmp_path, out=tmp_path))
     rows = json.loads((tmp_path / "family.json").read_text())
@@ -332,6 +333,7 @@ def test_the_table_is_extracted_and_drawn(run: Path, tmp_path: Path) -> None:
     assert np.asarray(lines["TB = DRO"].get_ydata()).tolist() == rows[0]["share"]
 
 
+@pytest.mark.slow
 def test_the_figure_is_redrawn_from_the_committed_table(tmp_path: Path) -> None:
     assert torch.get_default_dtype() == torch.float32
     fig_family.main(Options(out=tmp_path))

@@ -20,8 +20,6 @@ from tbrm_theory.mdp import RegularizedMDP
 from tbrm_theory.scores import table_scores
 from tbrm_theory.trajectories import TrajectoryBatch, trajectory_return
 
-pytestmark = pytest.mark.slow
-
 FLOATS = ("learning_rate", "companion_rate", "temperature", "scale", "epsilon")
 
 

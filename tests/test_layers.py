@@ -161,3 +161,12 @@ def test_bellman_operators_ignore_actions_that_do_not_exist() -> None:
     ):
         for one, other in zip(operator(q), operator(filled), strict=True):
             assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("test", ["one", "another"])  # each begins anew
+def test_under_pytest_the_first_calls_of_a_function_check_its_annotations(test: str) -> None:
+    with pytest.raises(jaxtyping.TypeCheckError, match="soft_value"):
+        dynamic_programming.soft_value(torch.zeros(3))
+    for _ in range(3):
+        dynamic_programming.soft_value(torch.zeros(2, 3))
+    assert dynamic_programming.soft_value(torch.zeros(3)).shape == ()

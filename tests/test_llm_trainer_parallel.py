@@ -57,7 +57,6 @@ def launch_options(kind: str, folder: Path) -> tuple[list[str], dict[str, str]]:
     return ["--config_file", str(file)], {"ACCELERATE_TORCH_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "share"), [("ddp", 1.0), ("fsdp", 0.5)])
 def test_two_processes_of_4_are_one_of_8(
     whole: dict[str, dict[str, torch.Tensor]], tmp_path: Path, kind: str, share: float

@@ -21,6 +21,8 @@ from tbrm_theory.occupancy import enumerate_trajectories
 from tbrm_theory.optimisers import least_squares_plan
 from tbrm_theory.trajectories import TrajectoryBatch, sample_trajectories
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
 sys.path.insert(0, str(ROOT / "paper_figs"))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,25 +56,51 @@ def test_a_bug_is_not_hidden() -> None:
         run_program("p", raising(RuntimeError("shapes differ")))
 
 
-def shell(redirection: str, *, encoding: str = "utf-8") -> subprocess.CompletedProcess[bytes]:
-    """``tbrm families`` with its streams redirected by a shell, without a home folder."""
+# A table as the commands print them, without all that the package gathers.
+PRINTS = f"""
+import sys, types
+package = types.ModuleType("tbrm_theory")
+package.__path__ = [{str(ROOT / "tbrm_theory")!r}]
+sys.modules["tbrm_theory"] = package
+from rich.console import Console
+from rich.table import Table
+from tbrm_theory.program import run_program
+
+def main():
+    table = Table("π", title="κ")
+    for i in range(3000):
+        table.add_row(str(i))
+    Console().print(table)
+    return 0
+
+sys.exit(run_program("tbrm", main))
+"""
+
+
+def shell(redirection: str, program: tuple[str, ...] = ("-c", PRINTS), *, encoding: str = "utf-8") -> Any:
+    """A program with its streams redirected by a shell, without a home folder."""
     environment = {k: v for k, v in os.environ.items() if k not in ("HOME", "COLUMNS")}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)}
-    command = ["sh", "-c", f'"{sys.executable}" -m tbrm_theory families {redirection}']
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=120, check=False)
+    command = f"{shlex.join([sys.executable, *program])} {redirection}"
+    return subprocess.run(
+        ["sh", "-c", command], cwd=ROOT, env=environment, capture_output=True, timeout=120, check=False
+    )
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_a_full_disk_costs_one_line() -> None:
-    done = shell("> /dev/full")
-    assert (done.returncode, done.stderr) == (2, b"tbrm: error: standard output: No space left on device\n")
+    for program in (("-c", PRINTS), ("-m", "tbrm_theory", "families")):
+        done = shell("> /dev/full", program)
+        assert (done.returncode, done.stderr) == (2, b"tbrm: error: standard output: No space left on device\n")
     done = shell("> /dev/full 2>&1")
     assert (done.returncode, done.stderr) == (2, b"")
 
 
 def test_closed_streams_and_poor_encodings_are_no_error() -> None:
+    assert shell("").stdout.decode().count("\n") > 3000
     assert (shell(">&-").returncode, shell("2>&-").returncode) == (0, 0)
-    done = shell("| head -1")
-    assert (done.returncode, done.stderr) == (0, b"")
+    for program in (("-c", PRINTS), ("-m", "tbrm_theory", "families")):
+        done = shell("| head -1", program)
+        assert (done.returncode, done.stderr) == (0, b"")
     done = shell("", encoding="ascii")
     assert (done.returncode, done.stderr) == (0, b"")

@@ -18,6 +18,8 @@ from tbrm_theory.json_fields import Field
 from tbrm_theory.parametrisations import Linear
 from tbrm_theory.population import population_loss
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
 sys.path.insert(0, str(ROOT / "paper_figs"))

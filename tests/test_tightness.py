@@ -13,6 +13,8 @@ import pytest
 
 from tbrm_theory.instance import Instance
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
 sys.path.insert(0, str(ROOT / "paper_figs"))

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
 sys.path.insert(0, str(ROOT / "paper_figs"))
@@ -85,7 +87,7 @@ def test_killed_run_resumes_to_the_same_numbers(run: Path, tmp_path: Path) -> No
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
     assert 3 <= metrics.read_bytes().count(b"\n") < len(rows_of(run))  # it was really killed half-way
-    subprocess.run(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    toy.main(toy.Config(results=tmp_path, **SMALL))  # type: ignore[arg-type]
     assert (metrics.parent / "summary.json").exists()
 
     def numbers(rows: list[dict[str, Any]]) -> dict[str, Any]:
