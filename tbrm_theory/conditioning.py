@@ -44,7 +44,7 @@ def gauss_newton_matrix(
     policy = [soft_policy(table).exp() for table in admissible_logits(mdp, logits)]
     if loss == "tbrm":
         gauge = torch.block_diag(*(_spread(table) if h else _spread(0 * table) for h, table in enumerate(policy)))
-        derivative = torch.eye(len(gauge), dtype=torch.float64) - gauge
+        derivative = torch.eye(len(gauge), dtype=gauge.dtype, device=gauge.device) - gauge
         return derivative.mT @ moment_matrix(mdp, log_behaviour) @ derivative
     matrix = torch.diag(flatten_tables(d.state_action))
     end = 0

@@ -138,8 +138,8 @@ class ExpectedUpdate:
         """
         listed = self._listed
         if self.data is None:
-            unknown = torch.zeros(listed.states.shape, dtype=torch.float64)
-            return torch.arange(len(unknown)), unknown[:, 0], unknown
+            unknown = listed.log_dynamics.new_zeros(listed.states.shape)
+            return torch.arange(len(unknown), device=unknown.device), unknown[:, 0], unknown
         which, law, steps = [], [], []
         for weight, log_policy in self.data:
             log_law = listed.log_law(log_policy)
@@ -155,7 +155,7 @@ class ExpectedUpdate:
         """Every batch, as indices of rollouts: one alone, or any two from one first state, in either order."""
         start = self._listed.states[self._rollouts[0], 0]
         if not LOSSES[self.loss].needs_group:
-            return torch.arange(len(start)).unsqueeze(-1)
+            return torch.arange(len(start), device=start.device).unsqueeze(-1)
         return (start.unsqueeze(-1) == start).nonzero()
 
     @property
@@ -208,6 +208,8 @@ class ExpectedUpdate:
         """``log E_{π_ref}[exp(r/β) | s_1]``, which A*-PO estimates before it trains; ``V*(s_1)`` on deterministic transitions."""
         listed = self._listed
         exponent = listed.sum_along(self.mdp.reward) / self.mdp.beta + listed.log_law(self.mdp.log_reference)
-        of_start = listed.states[:, 0] == torch.arange(len(self.mdp.initial)).unsqueeze(-1)
+        of_start = listed.states[:, 0] == torch.arange(len(self.mdp.initial), device=self.mdp.initial.device).unsqueeze(
+            -1
+        )
         joint = torch.where(of_start, exponent, -torch.inf).logsumexp(-1)
         return torch.where(self.mdp.initial > 0, joint - self.mdp.initial.log(), 0.0)

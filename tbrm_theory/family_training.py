@@ -134,7 +134,7 @@ def train(mdp: RegularizedMDP, loss: str, points: Sequence[Point], seeds: Sequen
             value = model.loss(first, uniform, plan.group_size).sum() * plan.scale
             tables = list(model.parameters.values())
             adam.step(torch.autograd.grad(value, tables, allow_unused=True))
-    counted = torch.tensor(evaluate_at)
+    counted = torch.tensor(evaluate_at, device=mdp.initial.device)
     return Curves(
         updates=counted,
         samples=counted * plan.prompts * plan.group_size + model.samples_before.unsqueeze(-1),
@@ -146,7 +146,8 @@ def _draw(problem: LaidOut, plan: Plan, generators: Sequence[torch.Generator]) -
     """First states ``(seeds, trajectories)``, those of a group side by side, and the uniform numbers that decide the rest."""
 
     def uniform(*shape: int) -> Tensor:
-        return torch.stack([torch.rand(shape, generator=one, dtype=torch.float64) for one in generators])
+        drawn = torch.stack([torch.rand(shape, generator=one, dtype=torch.float64) for one in generators])
+        return drawn.to(problem.initial.device)
 
     first = problem.first_states(uniform(plan.prompts)).repeat_interleave(plan.group_size, dim=-1)
     return first, uniform(plan.prompts * plan.group_size, problem.horizon, problem.draws)
@@ -158,18 +159,18 @@ class _Model:
     def __init__(self, problem: LaidOut, loss: str, points: Sequence[Point], seeds: Sequence[int]) -> None:
         self._problem, self._loss = problem, LOSSES[loss]
         rows, cells = (len(points), len(seeds)), problem.log_reference.shape[-2]
-        firsts = len(problem.initial)
+        firsts, device = len(problem.initial), problem.initial.device
         self.parameters = {"logits": problem.log_reference.repeat(*rows, 1, 1).requires_grad_()}
         for name in trained_besides(loss):
             size = cells if name == "critic" else firsts
-            self.parameters[name] = torch.zeros(*rows, size, dtype=torch.float64, requires_grad=True)
-        self._every = torch.tensor([point.refresh for point in points])
-        self._frozen = torch.zeros(*rows, cells, dtype=torch.float64)
-        self.samples_before = torch.zeros(len(points), dtype=torch.int64)
+            self.parameters[name] = torch.zeros(*rows, size, dtype=torch.float64, device=device, requires_grad=True)
+        self._every = torch.tensor([point.refresh for point in points], device=device)
+        self._frozen = torch.zeros(*rows, cells, dtype=torch.float64, device=device)
+        self.samples_before = torch.zeros(len(points), dtype=torch.int64, device=device)
         self._constant_baseline: Tensor | None = None
         if "baseline" in self._loss.fields and "baseline" not in self.parameters:
             self._constant_baseline, self.samples_before = _reference_values(problem, points, seeds)
-        temperatures = torch.tensor([point.temperature for point in points], dtype=torch.float64)
+        temperatures = torch.tensor([point.temperature for point in points], dtype=torch.float64, device=device)
         self._beta = (problem.mdp.beta * temperatures).unsqueeze(-1)
 
     def refresh(self, update: int) -> None:
@@ -233,12 +234,15 @@ def _reference_values(
 
     A point that asks for fewer has the first of those of a point that asks for more.
     """
-    states, most = torch.arange(len(problem.initial)), max(point.reference_rollouts for point in points)
+    states, most = (
+        torch.arange(len(problem.initial), device=problem.initial.device),
+        max(point.reference_rollouts for point in points),
+    )
     returns = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed + OF_REFERENCE)
         shape = (most, len(states), problem.horizon, problem.draws)
-        uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
+        uniform = torch.rand(shape, generator=generator, dtype=torch.float64).to(states.device)
         rollouts = problem.roll_out(problem.log_reference, states, uniform)
         returns.append(problem.trajectory_return(rollouts) / problem.mdp.beta)
     scaled = torch.stack(returns)  # (seeds, rollouts, states)
@@ -246,15 +250,18 @@ def _reference_values(
         torch.logsumexp(scaled[:, : point.reference_rollouts], dim=1) - math.log(point.reference_rollouts)
         for point in points
     ]
-    return torch.stack(value), torch.tensor([point.reference_rollouts * len(states) for point in points])
+    return torch.stack(value), torch.tensor(
+        [point.reference_rollouts * len(states) for point in points], device=states.device
+    )
 
 
 class _Adam:
     """Adam with a learning rate for each point: that of the logits, and a multiple of it for everything else."""
 
     def __init__(self, parameters: Mapping[str, Tensor], points: Sequence[Point], epsilon: float) -> None:
-        own = torch.tensor([point.learning_rate for point in points], dtype=torch.float64)
-        besides = own * torch.tensor([point.companion_rate for point in points], dtype=torch.float64)
+        place = parameters["logits"].device
+        own = torch.tensor([point.learning_rate for point in points], dtype=torch.float64, device=place)
+        besides = own * torch.tensor([point.companion_rate for point in points], dtype=torch.float64, device=place)
         self._tables = list(parameters.values())
         self._rates = [
             (own if name == "logits" else besides).reshape(-1, *[1] * (table.dim() - 1))

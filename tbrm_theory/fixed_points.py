@@ -58,8 +58,8 @@ class Rest:
 def jacobian(field: Field, points: Points) -> tuple[Points, Float[Tensor, "points parameters parameters"]]:
     """``G`` and ``∂G_i/∂x_j`` at every point, all in one call of ``field``."""
     count, size = points.shape
-    shift = DIFFERENCE * torch.eye(size, dtype=points.dtype)
-    around = torch.cat([torch.zeros(1, size, dtype=points.dtype), shift, -shift])
+    shift = DIFFERENCE * torch.eye(size, dtype=points.dtype, device=points.device)
+    around = torch.cat([torch.zeros(1, size, dtype=points.dtype, device=points.device), shift, -shift])
     values = field((points.unsqueeze(1) + around).flatten(0, 1)).unflatten(0, (count, 2 * size + 1))
     centre, above, below = values.split([1, size, size], dim=1)
     return centre.squeeze(1), ((above - below) / (2 * DIFFERENCE)).transpose(-1, -2)
@@ -78,8 +78,8 @@ def rest(field: Field, starts: Points, *, steps: int = 200) -> Rest:
     largest = value.abs().amax()
     scale = torch.where(largest > 0, largest, torch.ones_like(largest))
     length = 1 / slope.flatten(1).norm(dim=-1).clamp(min=1e-3 * scale)
-    identity = torch.eye(starts.shape[-1], dtype=starts.dtype)
-    taken = torch.zeros(len(starts), dtype=torch.int64)
+    identity = torch.eye(starts.shape[-1], dtype=starts.dtype, device=starts.device)
+    taken = torch.zeros(len(starts), dtype=torch.int64, device=starts.device)
     for _ in range(steps):
         size = value.norm(dim=-1)
         moving = (value.abs().amax(-1) > RESIDUAL * scale) & ~_far(point, starts)

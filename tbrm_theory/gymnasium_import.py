@@ -178,7 +178,7 @@ def _reference(given: Tensor | None, exists: StateActionMask) -> StateActionTabl
         problem = f"expected shape ({states}, {actions}) or ({actions},), found {tuple(given.shape)}"
         raise InvalidInputError("reference", problem)
     only_first = torch.eye(1, actions, dtype=torch.float64)
-    policy = torch.cat([given.to(torch.float64).expand(states, actions), only_first])
+    policy = torch.cat([given.to("cpu", torch.float64).expand(states, actions), only_first])
     outside = (policy != 0) & ~exists
     if bool(outside.any()):
         raise InvalidInputError(f"reference{first_index(outside)}", "expected 0, for there is no such action")

@@ -150,7 +150,8 @@ def lay_out(mdp: RegularizedMDP) -> LaidOut:
     edges = [kernel.edges() for kernel in mdp.transitions]
     branches = max((probability.shape[-1] for _, probability in edges), default=1)
     shape = (sum(len(layer) for layer in states), widest, branches)
-    successor, law = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.float64)
+    law = mdp.initial.new_zeros(shape)
+    successor = torch.zeros_like(law, dtype=torch.int64)
     law[..., 0] = 1.0  # where nothing follows
     start = 0
     for h, (next_state, probability) in enumerate(edges):

@@ -1,8 +1,8 @@
 """A device that is not the CPU, simulated: its tensors keep their numbers in CPU tensors, and refuse what those of a GPU refuse.
 
-An operation between a tensor there and one here raises, unless the one here is a single number; so do ``numpy()`` without ``cpu()``
-and a generator of the other device. Every kernel is the CPU's, so a computation gives the very bits that it gives here. torch's
-``meta`` lends its name, since autograd treats that device like the CPU.
+An operation between a tensor there and one here raises, unless the one here is a single number that a pointwise operation reads; so
+do ``numpy()`` without ``cpu()``, a generator of the other device and products of integer matrices. Every kernel is the CPU's, so a
+computation gives the very bits that it gives here. torch's ``meta`` lends its name, since autograd treats that device like the CPU.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 NAME = "meta"
 MOVES = ("_to_copy", "copy_")
+TAKES_A_NUMBER = ("where", "index_put", "index_put_", "masked_fill", "masked_fill_")  # besides what is pointwise
+FLOATS_ALONE = ("mm", "bmm", "mv", "dot", "addmm", "addmv", "baddbmm")
 OPERATIONS: set[str] = set()
 """All that were carried out there, as torch's own list of its kernels writes them."""
 
@@ -88,9 +90,8 @@ class _Methods(TorchFunctionMode):
         if function is Tensor.new_tensor and isinstance(args[0], Elsewhere):
             return args[0].here.new_tensor(*args[1:], **kwargs).to(NAME)
         if kwargs.get("generator") is not None:
-            place = kwargs.get("device") or next(
-                (each.device for each in tree_leaves(args) if isinstance(each, Tensor)), "cpu"
-            )
+            places = (leaf.device for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
+            place = kwargs.get("device") or next(places, "cpu")
             if _is_there(place) != _is_there(kwargs["generator"].device):
                 raise RuntimeError(f"expected a generator on {place}, found one on {kwargs['generator'].device}")
         if isinstance(args[0] if args else None, Elsewhere):
@@ -130,14 +131,21 @@ def _run(operation: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
     here = {id(tensor): tensor for tensor in given if not isinstance(tensor, Elsewhere)}
     assert not any(tensor.is_meta for tensor in here.values()), "a tensor without numbers came into being"
     name = operation.overloadpacket.__name__
-    if there:
-        OPERATIONS.add(operation.name().removeprefix("aten::"))
-    if there and name not in MOVES and any(tensor.dim() for tensor in here.values()):
-        raise RuntimeError(f"{name}: expected all tensors on one device, found {NAME} and cpu")
+    if there and here and name not in MOVES:
+        slots = zip(args, operation._schema.arguments, strict=False)
+        written = {id(arg) for arg, slot in slots if slot.alias_info is not None and slot.alias_info.is_write}
+        reads_one = torch.Tag.pointwise in operation.tags or name in TAKES_A_NUMBER
+        numbers_alone = len(here) == 1 and not any(tensor.dim() or id(tensor) in written for tensor in here.values())
+        if not (reads_one and numbers_alone):
+            raise RuntimeError(f"{name}: expected all tensors on one device, found {NAME} and cpu")
+    if there and name in FLOATS_ALONE and not given[0].is_floating_point():
+        raise RuntimeError(f"{name}: expected floating-point numbers on {NAME}, found {given[0].dtype}")
     if kwargs.get("device") is not None:
         lands_there, kwargs = _is_there(kwargs["device"]), {**kwargs, "device": torch.device("cpu")}
     else:
         lands_there = isinstance(args[0], Elsewhere) if name == "copy_" else bool(there)
+    if there or lands_there:
+        OPERATIONS.add(operation.name().removeprefix("aten::"))
 
     def numbers(leaf: Any) -> Any:
         return leaf.here if isinstance(leaf, Elsewhere) else leaf

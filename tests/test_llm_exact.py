@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from another_device import another_device, without_a_kernel_for
 from torch import Tensor
 from transformers import (
     Gemma2Config,
@@ -30,6 +31,7 @@ from tbrm_theory.coverage import change_of_measure, kappa, kappa_linear_solve
 from tbrm_theory.dynamic_programming import objective, regret, solve
 from tbrm_theory.endings import finished
 from tbrm_theory.llm.exact import TokenTree
+from tbrm_theory.llm.language_scores import completion_scores, token_scores
 from tbrm_theory.losses import tbrm_residual
 from tbrm_theory.scores import table_scores
 
@@ -238,6 +240,33 @@ def test_the_model_is_left_as_it_was() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert [module for module in model.modules() if not module.training] == [frozen]
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_on_another_device_is_asked_and_trained_there(kind: str) -> None:
+    """Simulated, and to rounding, for the CPU has attention of its own; the tables come back to it."""
+    tokens = torch.tensor([[3, 1, 0, 2], [2, 2, 4, 1]])
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+
+    def update(model: PreTrainedModel, device: str) -> list[Tensor]:
+        taken, actions = tokens.to(device), mask.to(device)
+        found = token_scores(model(input_ids=taken).logits[:, :-1], taken[:, 1:], chunk=10)
+        zeros = torch.zeros(2, 3, dtype=torch.float64, device=device)
+        scores = completion_scores(found, log_reference=zeros, actions=actions, trajectory_return=zeros[:, 0] + 1)
+        loss = tt.tbrm_loss(scores, beta=BETA)
+        return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)]
+
+    model = language_model(kind, 0).eval()
+    expected = [*TREE.logits(model), *update(model, "cpu")]
+    with another_device() as device:
+        there = model.to(device)
+        there.tie_weights()  # a parameter that occurs twice is moved twice by the simulation
+        tables, numbers = TREE.logits(there), update(there, device)
+        assert {table.device.type for table in tables} == {"cpu"}
+        assert {number.device.type for number in numbers} == {device}
+        found = [*tables, *(number.cpu() for number in numbers)]
+        assert without_a_kernel_for("CUDA") == set()
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 # -- shapes of trees ---------------------------------------------------------------------------------------------------
