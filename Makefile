@@ -43,7 +43,7 @@ verify: venv  ## check every claim, run the convergence experiment, draw its fig
 	@echo "Results, tables and figures are in $(LATEST)/"
 
 # One torch thread for each worker: more would fight over the same cores. A file's tests go to one worker, which makes the fixtures that
-# they share once.
+# they share once; tests/conftest.py says which files come first.
 test: venv  ## lint, types, and the whole test suite with its coverage
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .

@@ -62,8 +62,11 @@ def _checked_at_first(function: Any = None, **options: Any) -> Any:
 
     @functools.wraps(function)
     def maybe_checked(*args: Any, **kwargs: Any) -> Any:
-        _calls[key] += 1
-        return (checked() if _calls[key] <= _CHECKED_CALLS else function)(*args, **kwargs)
+        if _calls[key] >= _CHECKED_CALLS:
+            return function(*args, **kwargs)
+        result = checked()(*args, **kwargs)
+        _calls[key] += 1  # a call that was refused is refused again
+        return result
 
     return maybe_checked
 
@@ -94,6 +97,13 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """A test's checks and picks depend on the test and its fixtures alone, not on what ran before."""
+    _picks.seed(0)
+    _calls.clear()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Measuring coverage doubles the time of a test, so slow ones, their fixtures and their processes go without.
@@ -120,8 +130,6 @@ def _global_state_untouched() -> Iterator[None]:
     Hypothesis reseeds and restores Python's and NumPy's states around each example, so inside ``@given`` only
     torch's state is guarded here; ``test_architecture.py`` finds the other two in the package's source.
     """
-    _picks.seed(0)  # a test's picks depend on the test alone, not on what ran before it
-    _calls.clear()
     dtype, gradients, threads = torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()
     torch_state = torch.random.get_rng_state()
     numpy_state, python_state = _numpy_state(), random.getstate()

@@ -246,7 +246,7 @@ def test_without_the_mark_a_text_of_one_digit_is_read_the_same_at_any_length() -
 def test_a_run_killed_inside_a_part_goes_on_to_the_same_numbers(
     results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """kill -9 in the middle of the last of the three runs; complete parts are not repeated."""
+    """kill -9 in the middle of the last of the three runs; complete parts are not repeated (test_llm_training.py resumes others)."""
     config = replace(TOY, results=tmp_path)
     spawn = multiprocessing.get_context("spawn")  # a fork would inherit the locks of threads that it does not have
     child = spawn.Process(target=experiment.main, args=(config,))

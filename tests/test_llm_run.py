@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
+import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +25,6 @@ from tbrm_theory.llm.run_estimates import layer_bytes, memory_estimate, work_est
 from tbrm_theory.llm.run_files import Run, read_runs, read_settings
 from tbrm_theory.llm.run_parts import build_dataset, build_model, build_tokenizer, model_configuration, parameter_count
 from tbrm_theory.losses import LOSSES
-from tbrm_theory.program import run_program
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -404,9 +405,12 @@ def test_files_are_read_safely(tmp_path: Path) -> None:
         read_runs(["--config", str(tmp_path / "absent.yaml")])
 
 
-def test_the_program_ends_with_two_and_one_line_for_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_program("llm_run", lambda: llm_run.main(["--dry-run"])) == 2
-    assert capsys.readouterr() == ("", "llm_run: error: --config: expected a YAML file\n")
+@pytest.mark.slow
+def test_the_script_ends_with_the_status_of_its_runs_and_says_nothing_else() -> None:
+    command = [sys.executable, str(ROOT / "experiments" / "llm_run.py"), "--dry-run"]
+    ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    expected = (2, "", "llm_run: error: --config: expected a YAML file\n")
+    assert (ended.returncode, ended.stdout, ended.stderr) == expected
 
 
 def test_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -87,7 +87,7 @@ def test_killed_run_resumes_to_the_same_numbers(run: Path, tmp_path: Path) -> No
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
     assert 3 <= metrics.read_bytes().count(b"\n") < len(rows_of(run))  # it was really killed half-way
-    toy.main(toy.Config(results=tmp_path, **SMALL))  # type: ignore[arg-type]
+    assert toy.main(toy.Config(results=tmp_path, **SMALL)) in (0, 1)  # type: ignore[arg-type]
     assert (metrics.parent / "summary.json").exists()
 
     def numbers(rows: list[dict[str, Any]]) -> dict[str, Any]:
