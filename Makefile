@@ -35,12 +35,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(RUN) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[test,dev,cluster,llm]'
 	@touch $@
 
+# The experiment's tensors are small: a second thread only gets in the way of what else the machine does.
 verify: venv  ## check every claim, run the convergence experiment, draw its figure
 	@mkdir -p results
 	$(VENV)/bin/tbrm verify --json results/claims.json
-	$(RUN) experiments/toy_convergence.py
+	OMP_NUM_THREADS=1 $(RUN) experiments/toy_convergence.py
 	@$(RUN) paper_figs/fig_toy_convergence.py --results $(LATEST) --data $(LATEST) --out $(LATEST)
-	@echo "Results, tables and figures are in $(LATEST)/"
+	@echo "The claims are in results/claims.json; results, table and figure of the experiment in $(LATEST)/"
 
 # One torch thread for each worker: more would fight over the same cores. A file's tests go to one worker, which makes the fixtures that
 # they share once; tests/conftest.py says which files come first.

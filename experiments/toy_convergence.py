@@ -82,8 +82,8 @@ class Config:
     families: tuple[str, ...] = ()
     """Only these families; all of them if not given."""
     results: Path = Path("results")
-    execution: tyro.conf.OmitArgPrefixes[Execution] = field(default_factory=Execution)
     """Folder to write to; this run is in toy_convergence/ there, the newest one behind the link toy_convergence/latest."""
+    execution: tyro.conf.OmitArgPrefixes[Execution] = field(default_factory=Execution)
 
     def __post_init__(self) -> None:
         for name in ("seeds", "iterations", "steps"):
