@@ -59,10 +59,11 @@ def _checked_at_first(function: Any = None, **options: Any) -> Any:
     # Only when it is called: this is dear, and functions in functions are made again and again.
     checked = functools.cache(lambda: _always_checked(function, **options))
     key = id(function.__code__)
+    most = _CHECKED_CALLS if "<locals>" not in function.__qualname__ else 1
 
     @functools.wraps(function)
     def maybe_checked(*args: Any, **kwargs: Any) -> Any:
-        if _calls[key] >= _CHECKED_CALLS:
+        if _calls[key] >= most:
             return function(*args, **kwargs)
         result = checked()(*args, **kwargs)
         _calls[key] += 1  # a call that was refused is refused again

@@ -169,7 +169,9 @@ def coverages(mdp: RegularizedMDP, logits: Tables, log_mu: Tables, _: Trajectory
     mixture, history = (BEHAVIOURS[name].make(mdp, 0) for name in ("replay", "history-dependent"))
     features = tuple(torch.stack([table, table.square()]) for table in mdp.reward)
     with mock.patch.object(coverage, "MOST_CONDITION", 0.0), mock.patch.object(policy_class, "MOST_POLICIES", 1):
-        in_rationals, searched = coverage.kappa(mdp, other, mixture), largest_chi_square(mdp, log_mu)
+        small = random_problem("sparse", seed=1, horizon=2).to(mdp.initial.device)
+        in_rationals = coverage.kappa(small, small.log_reference, BEHAVIOURS["replay"].make(small, 0))
+        searched = largest_chi_square(mdp, log_mu)
     return [
         (in_rationals, searched),
         [tt.change_of_measure(mdp, other, data) for data in (log_mu, mixture, BEHAVIOURS["with-holes"].make(mdp, 0))],
@@ -210,10 +212,10 @@ def minimisers(mdp: RegularizedMDP, logits: Tables, log_mu: Tables, data: Trajec
 
 
 def expected(mdp: RegularizedMDP, logits: Tables, log_mu: Tables, _: TrajectoryBatch) -> Any:
-    """The update of every loss, its derivative, and where it rests; BRM's curvature."""
+    """Updates, their derivatives, and where one rests; the curvature of a loss."""
     found: list[Any] = [conditioning.gauss_newton_matrix(mdp, logits, log_mu, loss=loss) for loss in ("tbrm", "brm")]
     for name, data in (
-        *((name, [(1.0, log_mu)]) for name in LOSSES),
+        *((name, [(1.0, log_mu)]) for name in ("tbrm", "brm", "reval", "dpo", "a-star-po", "dapo", "ppo")),
         ("vargrad", None),
         ("ppo", None),
         ("a-star-po", None),
@@ -225,9 +227,10 @@ def expected(mdp: RegularizedMDP, logits: Tables, log_mu: Tables, _: TrajectoryB
 
 
 def on_policy(mdp: RegularizedMDP, logits: Tables, log_mu: Tables, _: TrajectoryBatch) -> Any:
-    """Every loss trained for two updates."""
+    """Losses with every kind of further table, trained for two updates."""
     plan, points = Plan(updates=2, prompts=4, group_size=2, evaluations=2), [Point(0.1), Point(0.3)]
-    return [train(mdp, name, points, [0, 1], plan) for name in LOSSES]
+    names = ("tbrm", "tbrm-iterative", "sql-one-step-q", "pcl-multi-step", "dro", "a-star-po", "grpo", "ppo")
+    return [train(mdp, name, points, [0, 1], plan) for name in names]
 
 
 def files(mdp: RegularizedMDP, logits: Tables, log_mu: Tables, data: TrajectoryBatch) -> Any:

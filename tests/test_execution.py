@@ -204,8 +204,12 @@ def test_a_cell_that_fails_is_not_taken_for_a_worker(tmp_path: Path) -> None:
         (Execution(backend="dask", scheduler="tcp://127.0.0.1:1"), "scheduler: none answers at tcp://127.0.0.1:1"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(execution: Execution, message: str) -> None:
-    pytest.importorskip("distributed", reason="the extra cluster is not installed")
+def test_options_that_do_not_fit_are_refused(
+    execution: Execution, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distributed = pytest.importorskip("distributed", reason="the extra cluster is not installed")
+    client = distributed.Client
+    monkeypatch.setattr(distributed, "Client", lambda address, timeout: client(address, timeout="1s"))
     state = random.getstate()
     with pytest.raises(InvalidInputError, match=message):
         list(execution.rows({"a": dict}))

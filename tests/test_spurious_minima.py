@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT / "paper_figs"))
 import fig_spurious_minima as figure  # noqa: E402
 import spurious_minima as spurious  # noqa: E402
 
-SMALL = {"grid": 7, "starts": 8, "problems": 40, "iterations": 60}
+SMALL = {"grid": 7, "starts": 8, "problems": 24, "iterations": 60}
 SIZES = {"linear": (2, 9), "low-rank": (1,), "network": (1,)}
 
 
