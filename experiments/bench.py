@@ -111,7 +111,7 @@ def language_model_rows() -> list[tuple[str, str]]:
 
 
 def main() -> int:
-    """Measure all, which takes a minute or two, and print a table."""
+    """Measure all, which takes half a minute, and print a table."""
     table = Table("what", "measured", title=f"{torch.get_num_threads()} threads")
     for rows in (solve_rows, backup_rows, sample_rows, minimise_rows, language_model_rows):
         for row in rows():
