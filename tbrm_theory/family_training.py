@@ -234,25 +234,18 @@ def _reference_values(
 
     A point that asks for fewer has the first of those of a point that asks for more.
     """
-    states, most = (
-        torch.arange(len(problem.initial), device=problem.initial.device),
-        max(point.reference_rollouts for point in points),
-    )
+    device, rollouts_of = problem.initial.device, [point.reference_rollouts for point in points]
+    states, most = torch.arange(len(problem.initial), device=device), max(rollouts_of)
     returns = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed + OF_REFERENCE)
         shape = (most, len(states), problem.horizon, problem.draws)
-        uniform = torch.rand(shape, generator=generator, dtype=torch.float64).to(states.device)
+        uniform = torch.rand(shape, generator=generator, dtype=torch.float64).to(device)
         rollouts = problem.roll_out(problem.log_reference, states, uniform)
         returns.append(problem.trajectory_return(rollouts) / problem.mdp.beta)
     scaled = torch.stack(returns)  # (seeds, rollouts, states)
-    value = [
-        torch.logsumexp(scaled[:, : point.reference_rollouts], dim=1) - math.log(point.reference_rollouts)
-        for point in points
-    ]
-    return torch.stack(value), torch.tensor(
-        [point.reference_rollouts * len(states) for point in points], device=states.device
-    )
+    value = [torch.logsumexp(scaled[:, :count], dim=1) - math.log(count) for count in rollouts_of]
+    return torch.stack(value), torch.tensor(rollouts_of, device=device) * len(states)
 
 
 class _Adam:

@@ -1,7 +1,7 @@
 """What holds for every test: shapes are checked, Hypothesis is deterministic, global state is left alone.
 
 Tests ask for float64 explicitly and draw from explicit generators, as the package does; the fixture at the end
-fails one that does not. ``HYPOTHESIS_PROFILE=thorough`` searches longer, and differently each time.
+fails one that does not. ``HYPOTHESIS_PROFILE=thorough`` searches longer, differently each time, and checks all shapes.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ finally:
     random.getrandbits = _global_getrandbits
 
 # From here on every function and dataclass of the package checks arguments and results against its annotations, in its first calls of
-# each test. To check all would take two thirds of the suite's time, and a wrong shape seldom waits.
-_CHECKED_CALLS = 3
+# each test. To check all would take two thirds of the suite's time, and a wrong shape seldom waits. The thorough profile checks all.
+_THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
+_CHECKED_CALLS, _CHECKED_INNER_CALLS = (sys.maxsize, sys.maxsize) if _THOROUGH else (3, 1)
 _calls: Counter[int] = Counter()
 _always_checked = jaxtyping.jaxtyped
 
@@ -59,7 +60,7 @@ def _checked_at_first(function: Any = None, **options: Any) -> Any:
     # Only when it is called: this is dear, and functions in functions are made again and again.
     checked = functools.cache(lambda: _always_checked(function, **options))
     key = id(function.__code__)
-    most = _CHECKED_CALLS if "<locals>" not in function.__qualname__ else 1
+    most = _CHECKED_INNER_CALLS if "<locals>" in function.__qualname__ else _CHECKED_CALLS
 
     @functools.wraps(function)
     def maybe_checked(*args: Any, **kwargs: Any) -> Any:

@@ -6,6 +6,7 @@ The annotations that are checked under pytest see one layer of a tuple, and noth
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -169,4 +170,8 @@ def test_under_pytest_the_first_calls_of_a_function_check_its_annotations(test: 
         dynamic_programming.soft_value(torch.zeros(3))
     for _ in range(3):
         dynamic_programming.soft_value(torch.zeros(2, 3))
-    assert dynamic_programming.soft_value(torch.zeros(3)).shape == ()
+    if os.environ.get("HYPOTHESIS_PROFILE") == "thorough":
+        with pytest.raises(jaxtyping.TypeCheckError, match="soft_value"):
+            dynamic_programming.soft_value(torch.zeros(3))
+    else:
+        assert dynamic_programming.soft_value(torch.zeros(3)).shape == ()
